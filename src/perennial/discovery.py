@@ -1,0 +1,57 @@
+"""Finds suites, policies, strategies, objectives and presets by looking at files; there is no registry to edit.
+
+A module `perennial/<room>/<name>.py` is the thing called `<name>`. Other packages add theirs by an entry point in the
+group `perennial.<room>`. Names are listed without importing anything.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import pkgutil
+from types import ModuleType
+
+from perennial.errors import unknown
+
+ROOMS = {
+    "suites": "suite",
+    "policies": "policy",
+    "strategies": "strategy",
+    "learning": "recipe",
+    "presets": "preset",
+}
+NOT_PLUGINS = {"base", "lora", "advantages", "optimizer", "stage"}
+
+
+def names(room: str) -> dict[str, str]:
+    """Name -> dotted module path of everything found in `room`, own files first, sorted."""
+    package = importlib.import_module(f"perennial.{room}")
+    found = {
+        module.name: f"perennial.{room}.{module.name}"
+        for module in pkgutil.iter_modules(package.__path__)
+        if module.name not in NOT_PLUGINS and not module.name.startswith("_")
+    }
+    for entry_point in importlib.metadata.entry_points(group=f"perennial.{room}"):
+        found.setdefault(entry_point.name, entry_point.value)
+    return dict(sorted(found.items()))
+
+
+def load(room: str, name: str) -> ModuleType:
+    """Import the module called `name` in `room`.
+
+    Raises:
+        PerennialError: there is no such module; the nearest names are listed.
+    """
+    found = names(room)
+    if name not in found:
+        raise unknown(ROOMS[room], name, found)
+    return importlib.import_module(found[name])
+
+
+def find(room: str, name: str, base: type) -> type:
+    """The class derived from `base` that the module `name` in `room` defines itself."""
+    module = load(room, name)
+    for value in vars(module).values():
+        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
+            return value
+    raise TypeError(f"{module.__name__} defines no {base.__name__}")

@@ -1,0 +1,26 @@
+"""The one exception that users see: a sentence that says what is wrong, with which value, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PerennialError(Exception):
+    """A mistake of the user or of the machine. The CLI prints its sentence and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class LearningError(PerennialError):
+    """Training cannot go on: NaN, no learning signal, a worker that keeps dying. The run's state is committed."""
+
+    exit_code = 3
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> PerennialError:
+    """The error for a name that does not exist: it lists the nearest ones, or all if none is near."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(names) or 'none'}."
+    return PerennialError(f"There is no {kind} {name!r}. {hint}")

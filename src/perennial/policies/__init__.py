@@ -1,0 +1,1 @@
+"""Who acts: vision-language-action policies, one file each."""

@@ -1,0 +1,168 @@
+"""The words of a policy: observation, action chunk, batch, and what every policy can do.
+
+Shapes: N rows, V camera views, S state numbers, K tokens per chunk, C environment steps per chunk, D action numbers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a policy sees, N at a time.
+
+    Attributes:
+        images: uint8 [N, V, H, W, 3].
+        instructions: N sentences.
+        states: float32 [N, S], proprioception in the suite's own units.
+    """
+
+    images: np.ndarray
+    instructions: tuple[str, ...]
+    states: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    def take(self, rows: np.ndarray) -> Observation:
+        """The given rows."""
+        return Observation(self.images[rows], tuple(self.instructions[i] for i in rows), self.states[rows])
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """What a policy decides, N at a time.
+
+    Attributes:
+        actions: float32 [N, C, D], environment units, executed open loop.
+        sample: int64 [N, K] tokens, or whatever else `log_prob` needs to know which choice was made ([N, ...]).
+        log_prob: float32 [N, K], of `sample` at the sampling temperature (0 when greedy).
+    """
+
+    actions: np.ndarray
+    sample: np.ndarray
+    log_prob: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a learner looks at: N chunk decisions, from rollouts or from demonstrations.
+
+    Attributes:
+        observation: N observations.
+        sample: [N, ...] the choices, see `ActionChunk.sample`.
+        mask: bool [N, K]; False for tokens whose actions were never executed because the episode had ended.
+        temperature: at which `sample` was drawn; 1 for demonstrations.
+        log_prob: float32 [N, K] of acting, where the rows come from rollouts.
+        advantage: float32 [N], where known.
+        weight: float32 [N, K], the weight of each token in the loss, 0 where masked.
+        logits: float32 [N, K, bins], stored teacher logits, where a strategy keeps them.
+    """
+
+    observation: Observation
+    sample: np.ndarray
+    mask: np.ndarray
+    temperature: float = 1.0
+    log_prob: np.ndarray | None = None
+    advantage: np.ndarray | None = None
+    weight: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.observation)
+
+    def take(self, rows: np.ndarray) -> Batch:
+        """The given rows of every field."""
+        arrays = {
+            f.name: getattr(self, f.name)[rows]
+            for f in fields(self)
+            if f.name not in ("observation", "temperature") and getattr(self, f.name) is not None
+        }
+        return replace(self, observation=self.observation.take(rows), **arrays)
+
+
+class Policy(ABC):
+    """A vision-language-action policy that owns its processor: images and words in, environment actions out.
+
+    Attributes:
+        model: the torch module that learns; wrapped by PEFT once `add_adapter` was called.
+        groups: "vision" | "language" | "action" -> names of the base parameters; every parameter is in exactly one.
+        chunk_steps: C, environment steps per decision.
+        token_steps: int [K], the step within the chunk at which each token starts to act.
+        image_size: side of the square images it wants, in pixels.
+    """
+
+    name: ClassVar[str]
+    model: nn.Module
+    groups: Mapping[str, Sequence[str]]
+    chunk_steps: int
+    token_steps: np.ndarray
+    image_size: int
+
+    @abstractmethod
+    def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
+        """Decide for every row.
+
+        Row i draws only from `rng[i]`, so its choice does not depend on which rows share the batch. Temperature 0 is
+        greedy decoding and draws nothing.
+        """
+
+    @abstractmethod
+    def log_prob(self, batch: Batch) -> Tensor:
+        """Log-probability of `batch.sample` at `batch.temperature`, float32 [N, K], differentiable."""
+
+    @abstractmethod
+    def imitation_loss(self, batch: Batch) -> Tensor:
+        """Loss of imitating `batch.sample`, float32 [N], the mean over each row's unmasked tokens, differentiable."""
+
+    @abstractmethod
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """The sample that stands for `actions` [N, C, D]: the inverse of acting, up to discretisation."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Raw logits at temperature 1, float32 [N, K, bins], for policies that choose among bins."""
+        raise NotImplementedError(f"{self.name} has no logits")
+
+    def value(self, batch: Batch) -> Tensor:
+        """State values, float32 [N], for policies with a value head."""
+        raise NotImplementedError(f"{self.name} has no value head")
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path) -> Self:
+        """Load a base checkpoint.
+
+        Raises:
+            PerennialError: the folder is missing, truncated or does not fit this policy.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write a base checkpoint: config.json, model.safetensors and what the processor needs."""
+
+    def acting_weights(self) -> dict[str, Tensor]:
+        """Detached copies of the weights to act with, by base parameter name, adapter merged in.
+
+        The learner's own weights are not touched, so merging never drifts.
+        """
+        from perennial.policies.lora import merged_weights
+
+        return merged_weights(self.model)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name, in a fixed order."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device

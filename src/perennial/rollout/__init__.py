@@ -1,0 +1,1 @@
+"""Acting: episodes are played by workers and come back as trajectories."""

@@ -1,0 +1,1 @@
+"""Remembering: methods against forgetting, one file each; they compose as a list."""

@@ -1,0 +1,74 @@
+"""What a strategy may do. The empty class is sequential fine-tuning; every hook is optional.
+
+A strategy is a dataclass: its init fields are hyper-parameters, everything it remembers is in `field(init=False)` and
+in `state_dict`. Strategies never know the objective and objectives never know the strategy, so every strategy works
+under every objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+
+from perennial.policies.base import Batch, Policy
+from perennial.rollout.trajectory import Trajectory
+from perennial.suites.base import Task
+
+Collect = Callable[[int], list[Trajectory]]
+"""Plays that many episodes of the task just learned, sampled, from its training states, with today's policy."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate: `scale` times the recipe's."""
+
+    parameters: Mapping[str, nn.Parameter]
+    scale: float = 1.0
+
+
+@dataclass
+class Strategy:
+    """Sequential fine-tuning: learn each task and do nothing else."""
+
+    name: ClassVar[str] = "sequential"
+
+    def requires(self) -> frozenset[str]:
+        """Names of optional policy methods that this strategy calls, for example {"logits"}."""
+        return frozenset()
+
+    def before_task(self, task: Task, policy: Policy) -> None:
+        """Called once before the first stage of `task`."""
+
+    def parameter_groups(self, policy: Policy) -> Sequence[ParameterGroup] | None:
+        """How the trainable parameters are grouped for the optimiser; None leaves them in one group."""
+        return None
+
+    def penalty(self, policy: Policy, batch: Batch) -> Tensor | None:
+        """A scalar added to the loss of `batch`; None adds nothing."""
+        return None
+
+    def replay(self, rng: np.random.Generator, size: int) -> Batch | None:
+        """At most `size` rows of earlier tasks, to be mixed into an update on that many rows."""
+        return None
+
+    def replay_loss(self, policy: Policy, batch: Batch) -> Tensor:
+        """The scalar loss of a replayed batch, coefficient included."""
+        return policy.imitation_loss(batch).mean()
+
+    def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
+        """Called once after the last stage of `task`: estimate a Fisher, fill a buffer, merge."""
+
+    def policy_for(self, task: Task, policy: Policy) -> Mapping[str, Tensor]:
+        """The weights that act in `task`, by base parameter name."""
+        return policy.acting_weights()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything remembered, as flat named tensors."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], policy: Policy) -> None:
+        """Restore what `state_dict` gave; `policy` is already restored."""

@@ -1,0 +1,1 @@
+"""What to do: suites of tasks in simulators, one file each."""

@@ -1,0 +1,98 @@
+"""The words of a suite: task, split, variant, environment, expert."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import gymnasium
+import numpy as np
+
+Split = Literal["demonstration", "training", "evaluation"]
+"""Initial states of different splits never coincide."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One skill.
+
+    Attributes:
+        name: unique within the suite.
+        instructions: paraphrases used for demonstrations and training, at least two.
+        evaluation_instruction: a paraphrase that is never trained on.
+        horizon: environment steps after which an episode is truncated.
+    """
+
+    name: str
+    instructions: tuple[str, ...]
+    evaluation_instruction: str
+    horizon: int
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """An order in which tasks are taught, and tasks that are only ever evaluated."""
+
+    trained: tuple[str, ...]
+    held_out: tuple[str, ...]
+
+
+class Environment(gymnasium.Env[np.ndarray, np.ndarray]):
+    """One simulated robot with one task, a `gymnasium.Env` with three agreements.
+
+    - `reset(options={"split": Split, "index": int})` puts it into that initial state, always the same one.
+    - `reset` and `step` return the proprioceptive state, float32 [state_dim]; the camera images, uint8 [V, H, W, 3],
+      come from `render()` and are drawn only when it is called.
+    - `info["is_success"]` is a bool; the episode terminates when it becomes True and is truncated at the horizon.
+
+    Actions are float32 [action_dim] in the range of `action_space`.
+    """
+
+    def film(self, size: int) -> np.ndarray:
+        """A picture for people, uint8 [size, size, 3], in the renderer's full quality."""
+        raise NotImplementedError
+
+
+class Expert(Protocol):
+    """A scripted policy with privileged access to the environment."""
+
+    def __call__(self, environment: Environment) -> np.ndarray:
+        """The expert's action in the environment's present state, float32 [action_dim]."""
+        ...
+
+
+class Suite(ABC):
+    """An ordered list of tasks in one simulator. Importing it or reading its tasks imports no simulator.
+
+    Attributes:
+        tasks: by name.
+        sequences: named task orders.
+        variants: names of shifted versions of every task; the first is the in-distribution one.
+        state_dim: length S of the proprioceptive state.
+        action_dim: length D of an action.
+    """
+
+    name: ClassVar[str]
+    tasks: Mapping[str, Task]
+    sequences: Mapping[str, Sequence]
+    variants: tuple[str, ...] = ("id",)
+    state_dim: int
+    action_dim: int
+
+    @abstractmethod
+    def make(self, task: str, variant: str = "id", image_size: int = 64) -> Environment:
+        """Build the environment of `task`; the caller closes it.
+
+        Raises:
+            PerennialError: unknown task or variant, or the simulator is not installed.
+        """
+
+    def expert(self, task: str) -> Expert | None:
+        """The scripted expert of `task`, if there is one."""
+        return None
+
+    def doctor(self) -> list[Any]:
+        """Checks of this suite's simulator for `perennial doctor`."""
+        return []
