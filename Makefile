@@ -1,0 +1,37 @@
+VENV := .venv
+STAMP := $(VENV)/setup-complete
+export OMP_WAIT_POLICY := PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench faults clean
+
+help: ## List these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## Make .venv with everything in it (PYTHON=... chooses the interpreter)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh
+	@touch $@
+
+demo: $(STAMP) ## Teach the small policy its tasks and write the report
+	$(VENV)/bin/perennial run demo
+
+test: $(STAMP) ## Run all tests but the long ones
+	@sh scripts/setup.sh browser
+	$(VENV)/bin/python -m pytest -m "not faults" -n logical --maxprocesses 4 --dist worksteal
+
+check: $(STAMP) ## Lint, formatting and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+bench: $(STAMP) ## Run the benchmarks
+	$(VENV)/bin/python benchmarks/run.py
+
+faults: $(STAMP) ## Run the long kill-and-resume tests
+	$(VENV)/bin/python -m pytest -m faults
+
+clean: ## Remove caches and build leftovers; .venv and runs stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
