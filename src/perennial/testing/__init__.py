@@ -1,0 +1,1 @@
+"""Toy tasks, a toy policy, and conformance checks that plug-in authors run too."""
