@@ -1,0 +1,173 @@
+"""The sizes and statistics of an OpenVLA-OFT checkpoint: everything its config.json says."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Per-dimension statistics that map data to [-1, 1] and back.
+
+    Attributes:
+        q01, q99: the 1st and 99th percentile of each dimension, mapped to -1 and 1.
+        mask: False for a dimension that is already in [-1, 1] and stays as it is (a gripper); empty for none.
+    """
+
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    mask: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
+class NormStats:
+    """Statistics of the data that the checkpoint was trained on."""
+
+    action: Quantiles
+    proprio: Quantiles | None = None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision transformer.
+
+    Attributes:
+        layers: blocks that are computed. Features are read before the last block of the published towers, so this is
+            one fewer than they have.
+        registers: register tokens (DINOv2 only).
+        mean, std: image normalisation by colour channel.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    registers: int = 0
+
+
+@dataclass(frozen=True)
+class Language:
+    """A Llama decoder."""
+
+    width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    mlp_width: int
+    initializer_range: float = 0.02
+
+
+@dataclass(frozen=True)
+class OpenVLAOFTConfig:
+    """One OpenVLA-OFT model, of any size.
+
+    Attributes:
+        image_size, patch_size: of the square input of both towers, in pixels.
+        views: camera images per observation.
+        center_crop: look only at the central 90 % of the image's area, as trained with random crops.
+        projector_width: hidden width of the first projector layer; the published model has 4 x the fused feature width.
+        vocab_size: ids below it are valid tokens; the last `action_bins` of them stand for actions.
+        embedding_rows: rows of the token embedding, `vocab_size` plus padding.
+        action_bins: edges of the bins on [-1, 1]; there is one centre fewer.
+        chunk: actions per decision; `hold`: environment steps for which each of them is held.
+        max_prompt_length: longest prompt in tokens.
+        use_proprio: a token made from the normalised state follows the patches.
+    """
+
+    image_size: int
+    patch_size: int
+    dino: Tower
+    siglip: Tower
+    projector_width: int
+    language: Language
+    vocab_size: int
+    embedding_rows: int
+    action_bins: int
+    chunk: int
+    hold: int
+    norm_stats: NormStats
+    use_proprio: bool
+    bos_token_id: int
+    views: int = 1
+    center_crop: bool = False
+    max_prompt_length: int = 128
+
+    @property
+    def action_dim(self) -> int:
+        """D, numbers per action."""
+        return len(self.norm_stats.action.q01)
+
+    @property
+    def state_dim(self) -> int:
+        """S, numbers of proprioception, 0 where it is not used."""
+        stats = self.norm_stats.proprio
+        return len(stats.q01) if self.use_proprio and stats is not None else 0
+
+    @property
+    def tokens(self) -> int:
+        """K, action tokens per decision."""
+        return self.chunk * self.action_dim
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types, the inverse of `from_json`."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> OpenVLAOFTConfig:
+        """Read what `to_json` gave.
+
+        Raises:
+            KeyError, TypeError: a field is missing or unknown.
+        """
+        stats = values["norm_stats"]
+        proprio = stats.get("proprio")
+        parts = {
+            "dino": _read(Tower, values["dino"]),
+            "siglip": _read(Tower, values["siglip"]),
+            "language": Language(**values["language"]),
+            "norm_stats": NormStats(_read(Quantiles, stats["action"]), proprio and _read(Quantiles, proprio)),
+        }
+        return cls(**{**values, **parts})
+
+
+def _read(kind: Any, values: Mapping[str, Any]) -> Any:
+    return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+IMAGENET = {"mean": (0.484375, 0.455078125, 0.40625), "std": (0.228515625, 0.2236328125, 0.224609375)}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def small_config(words: int, bos_token_id: int, norm_stats: NormStats, **changes: Any) -> OpenVLAOFTConfig:
+    """The embedded default: the published architecture at 1/4000 of its size, for one CPU thread.
+
+    Args:
+        words: size of the tokenizer's vocabulary; the action tokens come after it.
+        bos_token_id: the tokenizer's id of the beginning of a sequence.
+        norm_stats: statistics of the demonstrations; proprioception is used if it has some.
+        changes: fields that differ from the default.
+    """
+    bins = int(changes.get("action_bins", 64))
+    default = OpenVLAOFTConfig(
+        image_size=64,
+        patch_size=16,
+        dino=Tower(width=96, layers=2, heads=3, mlp_width=384, registers=2, **IMAGENET),
+        siglip=Tower(width=96, layers=2, heads=3, mlp_width=384, **HALF),
+        projector_width=384,
+        language=Language(width=160, layers=3, heads=5, key_value_heads=5, mlp_width=384, initializer_range=0.05),
+        vocab_size=words + bins,
+        embedding_rows=words + bins,
+        action_bins=bins,
+        chunk=2,
+        hold=8,
+        norm_stats=norm_stats,
+        use_proprio=norm_stats.proprio is not None,
+        bos_token_id=bos_token_id,
+        max_prompt_length=24,
+    )
+    return dataclasses.replace(default, **changes)

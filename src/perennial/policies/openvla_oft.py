@@ -1,0 +1,216 @@
+"""OpenVLA-OFT: all actions of a chunk as discrete tokens from one forward pass (Kim et al., arXiv 2502.19645).
+
+The 7B checkpoint and the small default are this class with another config.
+
+Action tokens follow OpenVLA (Kim et al., arXiv 2406.09246). A number in [-1, 1] falls into a bin between two of
+`action_bins` equally spaced edges; bin i, counted from -1, is the vocabulary entry `vocab_size - 1 - i`. A sample holds
+each token's place among the action entries of the vocabulary, `token - (vocab_size - action_bins)`, which is also its
+row in the head; it falls from `action_bins - 1` for -1 to 0 for 1. Places 0 and 1 decode to the same centre.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perennial.errors import PerennialError
+from perennial.policies import _images, _tokenizer
+from perennial.policies._openvla_oft_config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
+from perennial.policies._tensors import read_tensors, write_tensors
+from perennial.policies._tokenizer import train_tokenizer
+from perennial.policies.base import ActionChunk, Batch, Observation, Policy
+from perennial.policies.lora import unwrap
+from perennial.randomness import integer_seed
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from perennial.policies._openvla_oft_model import OpenVLAOFTModel
+
+__all__ = ["NormStats", "OpenVLAOFT", "OpenVLAOFTConfig", "Quantiles", "small_config", "train_tokenizer"]
+
+GROUP_OF_MODULE = {
+    "vision_backbone": "vision",
+    "projector": "vision",
+    "language_model.model": "language",
+    "language_model.lm_head": "action",
+    "proprio_projector": "action",
+}
+
+
+class OpenVLAOFT(Policy):
+    """A fused-vision Llama that decides a chunk of actions at once.
+
+    Each of the `config.chunk` actions is held for `config.hold` environment steps, so C = chunk x hold; the K = chunk x D
+    tokens are ordered by action, then by dimension.
+    """
+
+    name: ClassVar[str] = "openvla_oft"
+
+    def __init__(self, config: OpenVLAOFTConfig, tokenizer: Tokenizer, model: OpenVLAOFTModel) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model = model.eval()
+        self.groups = _groups(model)
+        self.chunk_steps = config.chunk * config.hold
+        self.token_steps = np.repeat(np.arange(config.chunk) * config.hold, config.action_dim)
+        self.image_size = config.image_size
+
+    @classmethod
+    def create(cls, config: OpenVLAOFTConfig, tokenizer: Tokenizer, seed: int) -> Self:
+        """A new policy with random weights named by `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(integer_seed(seed, "policy"))
+            return cls(config, tokenizer, _network(config))
+
+    def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
+        """Decide by the inverse of each token's cumulative distribution at K uniform numbers per row."""
+        with torch.inference_mode():
+            logits = self._logits(observation)
+            if temperature == 0:
+                sample = logits.argmax(-1)
+                log_prob = torch.zeros(sample.shape)
+            else:
+                log_probs = (logits / temperature).log_softmax(-1)
+                sample = _inverse_cdf(log_probs, np.stack([generator.random(self.config.tokens) for generator in rng]))
+                log_prob = _gather(log_probs, sample).cpu()
+        choice = sample.cpu().numpy()
+        return ActionChunk(self.decode(choice), choice, log_prob.numpy())
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        """Log-probability of each token of `batch.sample`, float32 [N, K]."""
+        logits = self.logits(batch) / batch.temperature
+        return _gather(logits.log_softmax(-1), torch.from_numpy(batch.sample).to(logits.device))
+
+    def imitation_loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy of `batch.sample`, float32 [N], the mean over each row's unmasked tokens."""
+        log_prob = _gather(self.logits(batch).log_softmax(-1), torch.from_numpy(batch.sample).to(self.device))
+        mask = torch.from_numpy(batch.mask).to(log_prob.device)
+        return -(log_prob * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Raw logits of the action bins, float32 [N, K, bins], in the order of `sample`."""
+        return self._logits(batch.observation)
+
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Tokens for the mean action of each held window of `actions` [N, C, D]; int64 [N, K]."""
+        config = self.config
+        windows = actions.reshape(len(actions), config.chunk, config.hold, config.action_dim).mean(2, dtype=np.float64)
+        unit = np.clip(_normalise(windows, config.norm_stats.action), -1, 1)
+        bins = np.digitize(unit, np.linspace(-1, 1, config.action_bins)) - 1
+        return (config.action_bins - 1 - bins).reshape(len(actions), config.tokens)
+
+    def decode(self, sample: np.ndarray) -> np.ndarray:
+        """Actions float32 [N, C, D] that the tokens `sample` [N, K] stand for."""
+        config = self.config
+        edges = np.linspace(-1, 1, config.action_bins)
+        bins = np.clip(config.action_bins - 1 - sample, 0, config.action_bins - 2)
+        unit = ((edges[:-1] + edges[1:]) / 2)[bins].reshape(len(sample), config.chunk, config.action_dim)
+        actions = _unnormalise(unit, config.norm_stats.action).astype(np.float32)
+        return np.repeat(actions, config.hold, axis=1)
+
+    def _logits(self, observation: Observation) -> Tensor:
+        config, device = self.config, self.device
+        if observation.images.shape[1] != config.views:
+            raise PerennialError(
+                f"The policy looks through {config.views} cameras, but the observation has {observation.images.shape[1]}."
+            )
+        prompt, mask = _tokenizer.tokenize(
+            self.tokenizer, observation.instructions, config.bos_token_id, config.max_prompt_length
+        )
+        state = np.zeros((len(observation), 0))
+        if config.use_proprio and config.norm_stats.proprio is not None:
+            state = np.clip(_normalise(observation.states, config.norm_stats.proprio), -1, 1)
+        dtype = next(self.model.parameters()).dtype
+        logits: Tensor = unwrap(self.model)(
+            _images.to_pixels(observation.images, config.image_size, config.center_crop, device).to(dtype),
+            torch.from_numpy(prompt).to(device),
+            torch.from_numpy(mask).to(device),
+            torch.from_numpy(state).to(device, dtype),
+        )
+        return logits.float()
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> Self:
+        """Load config.json, tokenizer.json and model.safetensors from `folder`; the weights become `dtype`."""
+        from tokenizers import Tokenizer
+
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise PerennialError(f"The checkpoint {folder} has no {name}; copy the folder again.")
+        try:
+            config = OpenVLAOFTConfig.from_json(json.loads((folder / "config.json").read_text())["openvla_oft"])
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise PerennialError(
+                f"config.json or tokenizer.json in {folder} cannot be read ({error!r}); copy the folder again."
+            ) from error
+        model = _network(config, random=False)
+        read_tensors(folder / "model.safetensors", model)
+        return cls(config, tokenizer, model.to(dtype))
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        content = json.dumps({"policy": self.name, "openvla_oft": self.config.to_json()}, indent=2)
+        (folder / "config.json").write_text(content + "\n")
+        self.tokenizer.save(str(folder / "tokenizer.json"))
+        write_tensors(folder / "model.safetensors", self.acting_weights(), dtype)
+
+
+def _network(config: OpenVLAOFTConfig, random: bool = True) -> OpenVLAOFTModel:
+    try:
+        from transformers.initialization import no_init_weights
+
+        from perennial.policies._openvla_oft_model import OpenVLAOFTModel
+    except ModuleNotFoundError as error:
+        raise PerennialError(
+            f"OpenVLA-OFT needs {error.name}; install it with pip install 'perennial[vla]'."
+        ) from error
+    if random:
+        return OpenVLAOFTModel(config)
+    with no_init_weights():
+        return OpenVLAOFTModel(config)
+
+
+def _groups(model: OpenVLAOFTModel) -> Mapping[str, Sequence[str]]:
+    groups: dict[str, list[str]] = {"vision": [], "language": [], "action": []}
+    for name, _ in model.named_parameters():
+        module = next(module for module in GROUP_OF_MODULE if name.startswith(f"{module}."))
+        groups[GROUP_OF_MODULE[module]].append(name)
+    return groups
+
+
+def _gather(values: Tensor, index: Tensor) -> Tensor:
+    return values.gather(-1, index[..., None]).squeeze(-1)
+
+
+def _inverse_cdf(log_probs: Tensor, uniform: np.ndarray) -> Tensor:
+    """The first bin whose cumulative probability exceeds the uniform number, int64 [N, K]."""
+    cumulative = log_probs.double().exp().cumsum(-1)
+    target = torch.from_numpy(uniform).to(log_probs.device)[..., None] * cumulative[..., -1:]
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=log_probs.shape[-1] - 1)
+
+
+def _normalise(values: np.ndarray, stats: Quantiles) -> np.ndarray:
+    """Map q01..q99 to -1..1; a dimension that never moved becomes 0."""
+    low, high = np.array(stats.q01), np.array(stats.q99)
+    span = np.where(high > low, high - low, 1.0)
+    unit = np.where(high > low, 2 * (values - low) / span - 1, 0.0)
+    return np.where(_mask(stats), unit, values)
+
+
+def _unnormalise(unit: np.ndarray, stats: Quantiles) -> np.ndarray:
+    """Map -1..1 to q01..q99."""
+    low, high = np.array(stats.q01), np.array(stats.q99)
+    return np.where(_mask(stats), (unit + 1) / 2 * (high - low) + low, unit)
+
+
+def _mask(stats: Quantiles) -> np.ndarray:
+    return np.array(stats.mask or (True,) * len(stats.q01))
