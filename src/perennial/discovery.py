@@ -1,4 +1,4 @@
-"""Finds suites, policies, strategies, objectives and presets by looking at files; there is no registry to edit.
+"""Finds suites, policies, strategies, recipes and presets by looking at files; there is no registry to edit.
 
 A module `perennial/<room>/<name>.py` is the thing called `<name>`. Other packages add theirs by an entry point in the
 group `perennial.<room>`. Names are listed without importing anything.
@@ -6,9 +6,12 @@ group `perennial.<room>`. Names are listed without importing anything.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.metadata
+import importlib.util
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 
 from perennial.errors import unknown
@@ -37,15 +40,26 @@ def names(room: str) -> dict[str, str]:
 
 
 def load(room: str, name: str) -> ModuleType:
-    """Import the module called `name` in `room`.
+    """Import the module called `name` in `room`; a dotted name is imported as it is.
 
     Raises:
         PerennialError: there is no such module; the nearest names are listed.
     """
+    if "." in name:
+        return importlib.import_module(name)
     found = names(room)
     if name not in found:
         raise unknown(ROOMS[room], name, found)
     return importlib.import_module(found[name])
+
+
+def describe(path: str) -> str:
+    """The first line of the docstring of the module at dotted `path`, read without importing it."""
+    spec = importlib.util.find_spec(path)
+    if spec is None or spec.origin is None:
+        return ""
+    docstring = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return docstring.partition("\n")[0]
 
 
 def find(room: str, name: str, base: type) -> type:

@@ -1,0 +1,5 @@
+"""`python -m perennial` is the command line."""
+
+from perennial.cli import main
+
+main()

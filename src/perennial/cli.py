@@ -1,0 +1,295 @@
+"""The command line. Each command is one small dataclass; heavy modules are imported only when a command runs.
+
+    perennial run demo --seed 1 --recipe.grpo.groups 8
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional
+
+from perennial import __version__, discovery
+from perennial.errors import PerennialError, unknown
+
+console = Console()
+errors = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Start a run: teach the preset's tasks in a row and measure what was learned and forgotten."""
+
+    preset: Positional[str]
+    """Name of a preset, see `perennial list presets`."""
+    run_dir: Path | None = None
+    """Folder of the run, by default runs/<preset>-seed<seed>."""
+    dry_run: bool = False
+    """Check and print the configuration, then stop."""
+
+    def __call__(self, overrides: dict[str, str]) -> None:
+        """Resolve the configuration and run it."""
+        from perennial import config as configuration
+        from perennial import experiment, overrides as dotted
+
+        config = dotted.apply(configuration.preset(self.preset), overrides)
+        configuration.validate(config)
+        if self.dry_run:
+            console.print_json(json.dumps(configuration.to_json(config)))
+            return
+        experiment.start(config, self.preset, self.run_dir)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue an interrupted run exactly where its last commit left it."""
+
+    run: Positional[Path]
+    """Folder of the run."""
+
+    def __call__(self) -> None:
+        """Resume."""
+        from perennial import experiment
+
+        experiment.resume(self.run)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a run's adapter, or a bare checkpoint, on tasks of a suite."""
+
+    run: Positional[Path]
+    """Folder of a run, or of a base checkpoint."""
+    tasks: tuple[str, ...] = ()
+    """Task names; by default all tasks of the run."""
+    variant: str = "id"
+    """Shifted version of the tasks, see `perennial list suites`."""
+    after: int = -1
+    """Evaluate the policy after this many tasks; -1 is the newest, 0 the base checkpoint."""
+    episodes: int = 40
+    """Episodes for each task."""
+    temperature: float = 1.0
+    """Of action sampling; 0 is greedy."""
+    suite: str = "metaworld"
+    """Suite of the tasks, for a bare checkpoint."""
+    policy: str = "openvla_oft"
+    """Policy class, for a bare checkpoint."""
+    seed: int = 0
+    """Names the random streams of action sampling."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        """Evaluate and print one rate per task."""
+        from perennial.evaluation import standalone
+
+        standalone.evaluate(self, console)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write a run's report page again and print its numbers."""
+
+    run: Positional[Path]
+    """Folder of the run."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+    def __call__(self) -> None:
+        """Write report/index.html and print the summary."""
+        from perennial.reports import page, summary
+
+        target = page.write(self.run)
+        if self.json:
+            print(json.dumps(summary.report_json(self.run)))
+        else:
+            summary.print_summary(self.run, console)
+            console.print(f"Report: {target}")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Put two or more runs side by side."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of the runs; the first is the one that others are compared with."""
+    out: Path | None = None
+    """Where to write the page, by default compare.html in the first run's report folder."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def __call__(self) -> None:
+        """Compare."""
+        from perennial.reports import compare
+
+        compare.command(self.runs, self.out, self.json, console)
+
+
+@dataclass(frozen=True)
+class Demos:
+    """Record demonstrations with a suite's scripted experts; repeat the command to continue."""
+
+    out: Positional[Path]
+    """Folder to record into."""
+    tasks: tuple[str, ...] = ()
+    """Task names; by default every task of the suite's sequence `simple_recipe`."""
+    count: int = 50
+    """Demonstrations for each task."""
+    suite: str = "metaworld"
+    """Suite of the tasks."""
+    workers: int = 0
+    """Worker processes; 0 takes one per processor core."""
+
+    def __call__(self) -> None:
+        """Record."""
+        from perennial.demonstrations import command
+
+        command.record(self, console)
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Behaviour-clone a base policy from demonstrations."""
+
+    demonstrations: Positional[Path]
+    """Folder that `perennial demos` wrote."""
+    out: Positional[Path]
+    """Folder of the new checkpoint."""
+    steps: int = 6000
+    """Gradient steps."""
+    batch_size: int = 64
+    """Decisions in a gradient step."""
+    learning_rate: float = 1e-3
+    """Highest learning rate; it rises over 200 steps and falls to zero along a cosine."""
+    tasks: tuple[str, ...] = ()
+    """Learn only these tasks; by default all that were recorded."""
+    suite: str = "metaworld"
+    """Suite of the demonstrations."""
+    policy: str = "openvla_oft"
+    """Policy class."""
+    seed: int = 0
+    """Names the random streams of initialisation, order and augmentation."""
+    episodes: int = 40
+    """Evaluation episodes for each task, measured at the end and written into the manifest; 0 skips them."""
+
+    def __call__(self) -> None:
+        """Pretrain."""
+        from perennial import pretraining
+
+        pretraining.pretrain(self, console)
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine: Python, torch, rendering, simulators, memory, disk. Prints the fix for each problem."""
+
+    def __call__(self) -> None:
+        """Diagnose; the exit code is 1 if there is a problem."""
+        from perennial import doctor
+
+        checks = doctor.diagnose()
+        doctor.print_report(checks, console)
+        if any(check.status == "problem" for check in checks):
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class List:
+    """List what can be chosen."""
+
+    kind: Positional[Literal["suites", "policies", "strategies", "recipes", "presets"]]
+    """What to list."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        """List names with their first docstring line."""
+        room = {"recipes": "learning"}.get(self.kind, self.kind)
+        found = {name: discovery.describe(path) for name, path in discovery.names(room).items()}
+        if self.json:
+            print(json.dumps([{"name": name, "description": text} for name, text in found.items()]))
+            return
+        for name, text in found.items():
+            console.print(f"[bold]{name}[/bold]  {text}", highlight=False)
+
+
+COMMANDS: dict[str, type] = {
+    "run": Run,
+    "resume": Resume,
+    "evaluate": Evaluate,
+    "report": Report,
+    "compare": Compare,
+    "demos": Demos,
+    "pretrain": Pretrain,
+    "doctor": Doctor,
+    "list": List,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; a `PerennialError` becomes one sentence on standard error and a non-zero exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not take the workers' cores
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(__version__)
+        return
+    try:
+        _dispatch(arguments)
+    except PerennialError as error:
+        errors.print(f"[red]perennial:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    """Parse `arguments` and call the command they name."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        raise unknown("command", arguments[0], COMMANDS)
+    choices: Any = Union[tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())]  # noqa: UP007
+    command, rest = tyro.cli(
+        choices,
+        args=arguments,
+        prog="perennial",
+        description="Teach a robot policy one skill after another, and see what it learned and forgot.",
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        return_unknown_args=True,
+    )
+    if isinstance(command, Run):
+        command(pairs(rest))
+    elif rest:
+        options = [f"--{f.name.replace('_', '-')}" for f in fields(command)]
+        raise unknown(f"option of `perennial {arguments[0]}`", rest[0], options)
+    else:
+        command()
+
+
+def pairs(arguments: Sequence[str]) -> dict[str, str]:
+    """`--a.b 1 --c=2` as {"a.b": "1", "c": "2"}.
+
+    Raises:
+        PerennialError: an option without a value, or a value without an option.
+    """
+    found: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        option = rest.pop(0)
+        if not option.startswith("--"):
+            raise PerennialError(f"{option!r} is not an option; overrides look like --recipe.grpo.groups 8.")
+        key, equals, value = option[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise PerennialError(f"{option} has no value; overrides look like --recipe.grpo.groups 8.")
+            value = rest.pop(0)
+        found[key] = value
+    return found
+
+
+if __name__ == "__main__":
+    main()

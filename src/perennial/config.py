@@ -1,0 +1,204 @@
+"""What a run is: a value made of frozen dataclasses, with dotted overrides and a check before anything starts.
+
+`resolve("demo", {"seed": "1", "recipe.grpo.groups": "8", "strategies": "ewc"})` is how the command line makes one.
+Pieces that come in kinds are chosen by name (`--policy.name`, `--recipe grpo`, `--strategies ewc,replay`) and their
+own settings are reached through that name (`--strategies.ewc.coefficient 10`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from perennial import discovery
+from perennial.errors import PerennialError, unknown
+from perennial.learning.base import Objective
+from perennial.learning.grpo import GRPO
+from perennial.policies.base import Policy
+from perennial.policies.lora import LoRA
+from perennial.rollout.workers import WorkerConfig
+from perennial.strategies.base import Strategy
+from perennial.suites.base import Suite
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks by name, in the order in which they are taught; held-out tasks are only evaluated."""
+
+    trained: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PolicyChoice:
+    """Which policy starts, from which checkpoint, and what of it learns.
+
+    Attributes:
+        name: of the policy class.
+        checkpoint: a folder, or `bundled:<name>` for one that comes with Perennial.
+        adapter: the LoRA that learns; None trains every parameter.
+    """
+
+    name: str = "openvla_oft"
+    checkpoint: str = "bundled:metaworld-small"
+    adapter: LoRA | None = field(default_factory=LoRA)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How every task is evaluated before the first task and after each.
+
+    Attributes:
+        episodes: per task, decoder and variant; evaluation initial states 0 .. episodes - 1.
+        temperature: of the sampled decoder.
+        decoders: "sampled", "greedy"; the first one is the headline.
+        variants: of the suite; the first one is the headline.
+        film: side of the before and after videos in pixels; 0 records none.
+    """
+
+    episodes: int = 40
+    temperature: float = 1.0
+    decoders: tuple[Literal["sampled", "greedy"], ...] = ("sampled", "greedy")
+    variants: tuple[str, ...] = ("id",)
+    film: int = 240
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Attributes:
+        description: one line for `perennial list presets`.
+        seed: names every random stream of the run.
+        suite: where the tasks live.
+        schedule: "sequential" teaches one task after another; "joint" teaches all at once with the same total budget,
+            the multitask oracle.
+        recipe: the stages that the policy goes through for each task.
+        strategies: what guards old skills; none is sequential fine-tuning.
+        trackers: loggers beside the JSON lines that are always written.
+    """
+
+    description: str
+    tasks: Tasks
+    seed: int = 0
+    suite: str = "metaworld"
+    schedule: Literal["sequential", "joint"] = "sequential"
+    policy: PolicyChoice = field(default_factory=PolicyChoice)
+    recipe: tuple[Objective, ...] = (GRPO(),)
+    strategies: tuple[Strategy, ...] = ()
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    workers: WorkerConfig = field(default_factory=WorkerConfig)
+    trackers: tuple[str, ...] = ()
+
+    @property
+    def phases(self) -> tuple[tuple[str, ...], ...]:
+        """The tasks learned together, phase by phase; a row of the success matrix follows each phase."""
+        return (self.tasks.trained,) if self.schedule == "joint" else tuple((task,) for task in self.tasks.trained)
+
+
+def checkpoint_folder(checkpoint: str) -> Path:
+    """The folder that `checkpoint` names.
+
+    Raises:
+        PerennialError: there is no such folder.
+    """
+    scheme, _, name = checkpoint.partition(":")
+    if scheme == "bundled":
+        bundled = Path(__file__).parent / "checkpoints"
+        if not (bundled / name).is_dir():
+            raise unknown("bundled checkpoint", name, [p.name for p in bundled.iterdir() if p.is_dir()])
+        return bundled / name
+    if not Path(checkpoint).is_dir():
+        raise PerennialError(
+            f"The checkpoint folder {checkpoint!r} does not exist; give a folder or `bundled:metaworld-small`."
+        )
+    return Path(checkpoint)
+
+
+def validate(config: Config) -> Config:
+    """Check everything that can be known before a simulator, a download or a GPU is touched.
+
+    Raises:
+        PerennialError: a sentence about the first thing that cannot work.
+    """
+    suite = discovery.find("suites", config.suite, Suite)()
+    for task in (*config.tasks.trained, *config.tasks.held_out):
+        if task not in suite.tasks:
+            raise unknown(f"task in suite {config.suite!r}", task, suite.tasks)
+    _check_tasks(config.tasks)
+    for variant in config.evaluation.variants:
+        if variant not in suite.variants:
+            raise unknown(f"variant in suite {config.suite!r}", variant, suite.variants)
+    policy = discovery.find("policies", config.policy.name, Policy)
+    checkpoint_folder(config.policy.checkpoint)
+    if not config.recipe:
+        raise PerennialError("The recipe has no stage; choose at least one, for example --recipe grpo.")
+    for part in (*config.recipe, *config.strategies):
+        for method in sorted(part.requires()):
+            if getattr(policy, method) is getattr(Policy, method):
+                raise PerennialError(
+                    f"{part.name!r} needs `{method}`, which the policy {config.policy.name!r} does not have; "
+                    "choose another strategy or policy."
+                )
+    _check_ranges(config)
+    return config
+
+
+def _check_tasks(tasks: Tasks) -> None:
+    """At least one task to train, and none twice."""
+    names = (*tasks.trained, *tasks.held_out)
+    if not tasks.trained:
+        raise PerennialError("There is no task to train; set --tasks.trained to one or more task names.")
+    for name in names:
+        if names.count(name) > 1:
+            raise PerennialError(f"The task {name!r} is listed twice among trained and held-out tasks; keep it once.")
+
+
+NON_NEGATIVE = {"seed", "count", "film", "temperature", "clip_low", "clip_high", "weight_decay", "warmup_steps"}
+"""Numbers that may be 0; every other number of a configuration must be above 0."""
+
+
+def _check_ranges(value: Any, path: str = "") -> None:
+    """No negative budgets, no zero where one is needed; strategies check their own coefficients."""
+    for f in fields(value):
+        child, name = getattr(value, f.name), f"{path}{f.name}"
+        if f.name == "strategies":
+            continue
+        if isinstance(child, tuple) and child and is_dataclass(child[0]):
+            for part in child:
+                _check_ranges(part, f"{name}.{getattr(part, 'name', '')}.")
+        elif is_dataclass(child):
+            _check_ranges(child, f"{name}.")
+        elif isinstance(child, int | float) and not isinstance(child, bool):
+            if child < 0 or (child == 0 and f.name not in NON_NEGATIVE and not f.name.startswith("dropout")):
+                least = "0 or more" if f.name in NON_NEGATIVE else "above 0"
+                raise PerennialError(f"--{name} is {child}, but it must be {least}.")
+    if isinstance(value, GRPO) and value.group_size < 2:
+        raise PerennialError(f"--{path}group_size is {value.group_size}, but a group needs at least 2 rollouts.")
+
+
+def to_json(value: Any) -> Any:
+    """`value` as JSON: dataclasses become objects, those that come in kinds with their `name`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        named = {"name": value.name} if isinstance(value, Objective | Strategy) else {}
+        return named | {f.name: to_json(getattr(value, f.name)) for f in fields(value) if f.init}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`.
+
+    Raises:
+        PerennialError: there is none; the nearest names are listed.
+    """
+    config = discovery.load("presets", name).CONFIG
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,1 @@
+"""What was learned, what was forgotten, and how sure that is."""

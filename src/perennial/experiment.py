@@ -1,0 +1,160 @@
+"""The main job: for each task the policy goes through the stages of the recipe, then every task is evaluated.
+
+Read this first. State lives in commits of the run folder; a `Cursor` says what comes next, so the same code starts a
+run and resumes one: what is done is skipped, what was under way is done again from the last commit with the same
+random streams, and the result is the same bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from perennial import config as configuration
+from perennial import faults, overrides
+from perennial.config import Config
+from perennial.doctor import describe_machine
+from perennial.evaluation.evaluate import Cell, evaluate, film
+from perennial.learning.stage import Iteration, learn
+from perennial.policies._learned import save_learned
+from perennial.reports import page, video
+from perennial.rollout.trajectory import Episode, Trajectory
+from perennial.session import Cursor, Session, cells, prepare
+from perennial.storage.run_folder import RunFolder
+from perennial.suites.base import Task
+
+
+def start(config: Config, preset: str, path: Path | None) -> Path:
+    """Start a run in a new folder and see it through; returns the folder."""
+    path = path or RunFolder.free_path(f"{preset}-seed{config.seed}")
+    with RunFolder.create(path, preset, configuration.to_json(config), describe_machine()) as folder:
+        _run(config, folder)
+    return path
+
+
+def resume(path: Path) -> None:
+    """Continue the run in `path`; a finished run only gets its report written again."""
+    with RunFolder.open_locked(path) as folder:
+        config = overrides.from_json(Config, folder.header["config"])
+        _run(configuration.validate(config), folder)
+
+
+def _run(config: Config, folder: RunFolder) -> None:
+    """The task loop: row 0 of the success matrix, then for each phase learn it and add a row."""
+    with ExitStack() as stack:
+        session = prepare(config, folder, stack)
+        _evaluate_row(session, session.cursor.phase)
+        for phase in range(session.cursor.phase, len(config.phases)):
+            _learn_phase(session, phase)
+            _evaluate_row(session, phase + 1)
+        session.display.say(f"Report: {page.write(folder.path)}")
+
+
+def _learn_phase(session: Session, phase: int) -> None:
+    """Take the policy through the recipe's stages on the tasks of one phase."""
+    config, names = session.config, session.config.phases[phase]
+    tasks = session.tasks(names)
+    if session.cursor == Cursor(phase):
+        for task in tasks:
+            session.strategies.before_task(task, session.policy)
+    for number in range(session.cursor.stage, len(config.recipe)):
+        # Joint learning gets the budget of all its tasks.
+        objective = replace(config.recipe[number], iterations=config.recipe[number].iterations * len(tasks))
+        cursor = session.cursor if session.cursor.stage == number else Cursor(phase, number)
+        session.display.begin(f"learning {_label(names)}")
+        learn(
+            objective,
+            tasks,
+            session.policy,
+            session.strategies,
+            session.workers,
+            session.stage_optimizer(objective, cursor),
+            key=("train", phase, number),
+            seed=config.seed,
+            start=cursor.iteration,
+            on_episode=session.display.episode,
+            on_iteration=functools.partial(_finish_iteration, session, phase, number, objective.iterations),
+        )
+    session.optimizer = None
+    for task in tasks:
+        session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, task))
+    session.folder.save_task(phase + 1, _label(names), functools.partial(save_learned, session.policy))
+    session.commit(Cursor(phase + 1))
+
+
+def _finish_iteration(session: Session, phase: int, stage: int, total: int, done: Iteration) -> None:
+    """Show, log and commit an iteration."""
+    label = _label(session.config.phases[phase])
+    place = {"task_index": phase + 1, "stage": stage, "iteration": done.number}
+    played = {"success": done.success, "episodes": done.episodes, "env_steps": done.env_steps}
+    seconds = {"rollout_seconds": done.rollout_seconds, "update_seconds": done.update_seconds}
+    objective = session.config.recipe[stage].name
+    session.display.iteration(label, done, total)
+    if done.metrics["kept"] == 0:
+        session.display.say(
+            f"[yellow]No learning signal: all {done.episodes} episodes of {label} ended alike, so nothing was learned in "
+            "this iteration. Check what the base checkpoint can do with `perennial evaluate`.[/yellow]"
+        )
+    session.folder.log("metrics", {"event": "iteration", "task": label, **place, "objective": objective, **played, **done.metrics})
+    session.folder.log("timings", {"event": "iteration", **place, **seconds})
+    session.commit(Cursor(phase, stage, done.number + 1))
+
+
+def _collect(session: Session, phase: int, task: Task, count: int) -> list[Trajectory]:
+    """Play `count` sampled episodes of the task just learned, for a strategy's memory."""
+    session.workers.broadcast(session.policy.acting_weights())
+    temperature = session.config.evaluation.temperature
+    return session.workers.collect(
+        [
+            Episode(task.name, "id", "training", i, task.instructions[i % len(task.instructions)], temperature,
+                    ("after", phase, task.name, i), group=i)
+            for i in range(count)
+        ],
+        session.display.episode,
+    )
+
+
+def _evaluate_row(session: Session, row: int) -> None:
+    """Fill the cells of one row that are still missing; film the first and the last row."""
+    config = session.config.evaluation
+    torch.set_num_threads(1)
+    for cell in cells(session.config, row):
+        if session.folder.has_cell(cell):
+            continue
+        begun = time.monotonic()
+        session.display.begin(f"evaluating {cell.task} ({cell.decoder})")
+        task = session.suite.tasks[cell.task]
+        weights = session.strategies.policy_for(task, session.policy)
+        played = evaluate(
+            cell, task, weights, session.workers, config.episodes, config.temperature, session.display.episode
+        )
+        faults.point("evaluate")
+        session.folder.write_cell(cell, [t.success for t in played], [int(t.steps.sum()) for t in played])
+        session.folder.log("timings", {"event": "evaluation", "row": row, "decoder": cell.decoder, "episodes": len(played),
+                                       "env_steps": sum(int(t.steps.sum()) for t in played),
+                                       "seconds": time.monotonic() - begun})
+        session.stop_if_asked()
+    if config.film and row in (0, len(session.config.phases)):
+        for name in (*session.config.tasks.trained, *session.config.tasks.held_out):
+            _film(session, row, session.suite.tasks[name])
+    page.write(session.folder.path)
+
+
+def _film(session: Session, row: int, task: Task) -> None:
+    """Record the greedy policy on the first evaluation state."""
+    target = session.folder.path / "videos" / f"{row:02d}" / f"{task.name}.mp4"
+    if not target.exists():
+        session.display.begin(f"filming {task.name}")
+        weights = session.strategies.policy_for(task, session.policy)
+        played = film(task, weights, session.workers, session.config.evaluation.film)
+        video.encode(played.frames, target, fps=20)
+
+
+def _label(names: tuple[str, ...]) -> str:
+    """The task's name, or how many tasks are learned together."""
+    return names[0] if len(names) == 1 else f"{len(names)} tasks"

@@ -1,0 +1,111 @@
+"""What an objective is, and the gradient step that all of them share."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perennial.errors import LearningError
+from perennial.learning.optimizer import AdamWConfig, set_learning_rate
+from perennial.policies.base import Batch, Policy
+from perennial.randomness import Key
+from perennial.rollout.trajectory import Episode, Trajectory
+from perennial.strategies._composition import Strategies
+from perennial.suites.base import Task
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Objective(ABC):
+    """One stage of a recipe: what is experienced and what is minimised, with its budget.
+
+    Attributes:
+        iterations: rounds of experience and update per task.
+        optimizer: how steps are made; a fresh optimiser starts with every task.
+    """
+
+    name: ClassVar[str]
+    iterations: int = 12
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+
+    def requires(self) -> frozenset[str]:
+        """Names of optional policy methods that this objective calls."""
+        return frozenset()
+
+    @abstractmethod
+    def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
+        """The episodes to play before the update named by `key`; none for learning from demonstrations."""
+
+    @abstractmethod
+    def update(
+        self,
+        policy: Policy,
+        tasks: tuple[Task, ...],
+        trajectories: list[Trajectory],
+        strategies: Strategies,
+        optimizer: torch.optim.Optimizer,
+        rng: np.random.Generator,
+    ) -> Metrics:
+        """Learn `tasks` from `trajectories`. The metrics hold at least `loss`, `grad_norm` and `kept`.
+
+        `kept` is the share of decisions that carried a learning signal; with 0 no step was made.
+        """
+
+
+Loss = Callable[[Policy, Batch], tuple[Tensor, Mapping[str, float]]]
+"""The loss of some rows of a batch, a sum with the rows' weights, and figures to add up over rows."""
+
+
+def gradient_step(
+    policy: Policy,
+    batch: Batch,
+    loss: Loss,
+    strategies: Strategies,
+    optimizer: torch.optim.Optimizer,
+    config: AdamWConfig,
+    rng: np.random.Generator,
+) -> Metrics:
+    """One optimiser step on `batch`, in micro-batches whose gradients add up to that of the whole.
+
+    Returns:
+        `loss`, `penalty`, `grad_norm` before clipping, and the sums of the figures that `loss` gave.
+
+    Raises:
+        LearningError: the loss or the gradient is not finite; no step is made.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    metrics: Metrics = {"loss": 0.0, "penalty": 0.0}
+    for start in range(0, len(batch), config.micro_batch):
+        part = batch.take(np.arange(start, min(start + config.micro_batch, len(batch))))
+        total, figures = loss(policy, part)
+        metrics["loss"] += float(total.detach())
+        penalty = strategies.penalty(policy, part)
+        if penalty is not None:
+            share = penalty * (len(part) / len(batch))
+            metrics["penalty"] += float(share.detach())
+            total = total + share
+        total.backward()  # type: ignore[no-untyped-call]
+        for name, value in figures.items():
+            metrics[name] = metrics.get(name, 0.0) + value
+    replay_loss = strategies.replay_loss(policy, rng, len(batch))
+    if replay_loss is not None:
+        metrics["penalty"] += float(replay_loss.detach())
+        replay_loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+    if not all(map(math.isfinite, metrics.values())):
+        raise LearningError(
+            f"The update became not-a-number (loss {metrics['loss']}, penalty {metrics['penalty']}, gradient norm "
+            f"{metrics['grad_norm']}). The last good state is committed; lower the learning rate and resume."
+        )
+    set_learning_rate(optimizer, config)
+    optimizer.step()
+    return metrics

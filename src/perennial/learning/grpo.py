@@ -1,0 +1,136 @@
+"""Group relative policy optimisation (GRPO) for action tokens.
+
+As trained in arXiv 2603.11653: groups of rollouts from one initial state, reward 1 at success, advantages within the
+group with the unbiased standard deviation, a ratio for every token, clipping to [1 - 0.20, 1 + 0.28], no KL term, no
+entropy bonus, and every trajectory weighs the same whatever its length. Left out of that code because it changes
+nothing but the cost: steps after success, and groups whose returns are all equal, whose gradient is zero. They are
+dropped before forward and backward while the divisor stays the full number of trajectories.
+
+Default budget and learning rate are those of the small policy; presets hold the published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perennial.learning.advantages import group_relative
+from perennial.learning.base import Metrics, Objective, gradient_step
+from perennial.policies.base import Batch, Policy
+from perennial.randomness import Key
+from perennial.rollout.trajectory import Episode, Trajectory, to_batch
+from perennial.strategies._composition import Strategies
+from perennial.suites.base import Task
+
+
+@dataclass(frozen=True)
+class GRPO(Objective):
+    """On-policy reinforcement learning without a critic.
+
+    Attributes:
+        groups: groups per iteration.
+        group_size: rollouts from one initial state, at least 2.
+        initial_states: training states that the groups cycle through; the paper uses 50.
+        temperature: of sampling while training.
+        clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        epochs: passes over the decisions of an iteration; the paper makes one.
+        minibatches: optimiser steps per pass; the paper makes 8.
+    """
+
+    name: ClassVar[str] = "grpo"
+    groups: int = 16
+    group_size: int = 8
+    initial_states: int = 16
+    temperature: float = 1.0
+    clip_low: float = 0.20
+    clip_high: float = 0.28
+    epochs: int = 2
+    minibatches: int = 4
+
+    def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
+        """`groups` x `group_size` episodes; groups are dealt to `tasks` and initial states in turn."""
+        iteration = int(key[-1])
+        episodes = []
+        for group in range(self.groups):
+            task = tasks[group % len(tasks)]
+            turn = iteration * self.groups + group
+            state = turn // len(tasks) % self.initial_states
+            instruction = task.instructions[turn // len(tasks) % len(task.instructions)]
+            episodes.extend(
+                Episode(task.name, "id", "training", state, instruction, self.temperature, (*key, group, member), group)
+                for member in range(self.group_size)
+            )
+        return episodes
+
+    def update(
+        self,
+        policy: Policy,
+        tasks: tuple[Task, ...],
+        trajectories: list[Trajectory],
+        strategies: Strategies,
+        optimizer: torch.optim.Optimizer,
+        rng: np.random.Generator,
+    ) -> Metrics:
+        """`epochs` x `minibatches` clipped steps on the decisions that carry a gradient."""
+        batch, share = weighted_batch(policy, trajectories)
+        if len(batch) == 0:
+            return {"loss": 0.0, "grad_norm": 0.0, "kept": 0.0, "kl": 0.0, "clip_fraction": 0.0, "penalty": 0.0}
+        steps: list[Metrics] = []
+        for _ in range(self.epochs):
+            for rows in np.array_split(rng.permutation(len(batch)), min(self.minibatches, len(batch))):
+                part = batch.take(rows)
+                assert part.weight is not None
+                # Each minibatch stands for the whole: its loss is scaled up by the number of minibatches.
+                part = replace(part, weight=part.weight * min(self.minibatches, len(batch)))
+                steps.append(gradient_step(policy, part, self.loss, strategies, optimizer, self.optimizer, rng))
+        metrics = {name: float(np.mean([step[name] for step in steps])) for name in ("loss", "penalty", "grad_norm")}
+        tokens = sum(step["tokens"] for step in steps)
+        metrics |= {name: sum(step[name] for step in steps) / tokens for name in ("kl", "clip_fraction")}
+        return metrics | {"kept": share}
+
+    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+        """The clipped surrogate of some decisions, weighted and summed over tokens."""
+        assert batch.log_prob is not None
+        assert batch.advantage is not None
+        assert batch.weight is not None
+        device = policy.device
+        old = torch.from_numpy(batch.log_prob).to(device)
+        weight = torch.from_numpy(batch.weight).to(device)
+        advantage = torch.from_numpy(batch.advantage).to(device)[:, None]
+        log_ratio = policy.log_prob(batch) - old
+        ratio = log_ratio.exp()
+        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+        with torch.no_grad():
+            mask = torch.from_numpy(batch.mask).to(device)
+            figures = {
+                "tokens": float(mask.sum()),
+                "kl": float(((ratio - 1 - log_ratio) * mask).sum()),
+                "clip_fraction": float(((ratio * advantage > clipped * advantage) * mask).sum()),
+            }
+        return -(surrogate * weight).sum(), figures
+
+
+def weighted_batch(policy: Policy, trajectories: list[Trajectory]) -> tuple[Batch, float]:
+    """The decisions with a non-zero advantage, and their share of all decisions.
+
+    A token's weight is 1 / (trajectories x executed tokens of its trajectory), so the sum of weighted token losses is
+    the mean over all trajectories, dropped ones included, of the mean over each trajectory's tokens.
+    """
+    advantages = group_relative(trajectories)
+    used = [(t, a) for t, a in zip(trajectories, advantages, strict=True) if a != 0]
+    share = sum(len(t.steps) for t, _ in used) / sum(len(t.steps) for t in trajectories)
+    if not used:
+        return to_batch(trajectories[:1], policy.token_steps).take(np.arange(0)), 0.0
+    batch = to_batch([t for t, _ in used], policy.token_steps)
+    lengths = [len(t.steps) for t, _ in used]
+    owner = np.repeat(np.arange(len(used)), lengths)
+    tokens = np.bincount(owner, weights=batch.mask.sum(axis=1))
+    weight = batch.mask / (len(trajectories) * tokens[owner])[:, None]
+    advantage = np.array([a for _, a in used], np.float32)[owner]
+    return replace(batch, advantage=advantage, weight=weight.astype(np.float32)), share

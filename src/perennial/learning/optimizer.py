@@ -1,0 +1,65 @@
+"""The optimiser of a stage: AdamW over the trainable parameters, grouped as the strategy wishes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from perennial.errors import PerennialError
+from perennial.policies.base import Policy
+from perennial.strategies._composition import Strategies
+from perennial.strategies.base import ParameterGroup
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """How gradient steps are made.
+
+    Attributes:
+        learning_rate: of a parameter group with scale 1, reached after the warm-up.
+        betas, eps, weight_decay: of AdamW.
+        warmup_steps: optimiser steps over which the learning rate rises linearly from 0.
+        max_grad_norm: gradients are scaled down to this global norm.
+        micro_batch: rows in one forward and backward pass.
+    """
+
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 12
+    max_grad_norm: float = 1.0
+    micro_batch: int = 256
+
+
+def build_optimizer(policy: Policy, strategies: Strategies, config: AdamWConfig) -> torch.optim.AdamW:
+    """A fresh AdamW over `policy.trainable()`.
+
+    Raises:
+        PerennialError: nothing is trainable, or the strategy's groups do not cover the trainable parameters.
+    """
+    trainable = policy.trainable()
+    groups = strategies.parameter_groups(policy) or (ParameterGroup(trainable),)
+    covered = {name for group in groups for name in group.parameters}
+    if not trainable or covered != set(trainable):
+        missing = sorted(set(trainable) - covered)[:3]
+        raise PerennialError(f"The optimiser has nothing to train or misses parameters such as {missing}.")
+    return torch.optim.AdamW(
+        [
+            {"params": list(group.parameters.values()), "lr": 0.0, "scale": group.scale}
+            for group in groups
+            if group.parameters
+        ],
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> None:
+    """Set every group's learning rate for the step about to be made, counted from the optimiser's own state."""
+    steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    warmth = min(1.0, (steps + 1) / max(1, config.warmup_steps))
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * group["scale"] * warmth

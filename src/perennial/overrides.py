@@ -1,0 +1,159 @@
+"""Dotted overrides: `recipe.grpo.groups=8` changes one field deep inside a frozen configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Literal, Union
+
+from perennial import discovery
+from perennial.errors import PerennialError, unknown
+
+KINDS = {"recipe": "learning", "strategies": "strategies"}
+"""Fields that hold a tuple of things chosen by name, and the room in which the names are found."""
+
+
+def apply(config: Any, overrides: Mapping[str, str]) -> Any:
+    """`config` with each dotted path set to the value that its text stands for; choices by name come first.
+
+    Raises:
+        PerennialError: an unknown key (nearest ones are listed) or a text that does not fit the field's type.
+    """
+    for path, text in sorted(overrides.items(), key=lambda item: item[0].count(".")):
+        config = _set(config, path.replace("-", "_").split("."), text, path)
+    return config
+
+
+def from_json(kind: Any, value: Any, path: str = "config") -> Any:
+    """The value of type `kind` that `config.to_json` wrote as `value`.
+
+    Raises:
+        PerennialError: a key is unknown or a value has the wrong type.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        options = [option for option in arguments if option is not type(None)]
+        return None if value is None else from_json(options[0], value, path)
+    if isinstance(kind, type) and is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise PerennialError(f"{path} is {value!r}, but it must be an object.")
+        own = dict(value)
+        room = next((room for room, base in _kinds().items() if issubclass(kind, base)), None)
+        if room is not None:
+            kind = discovery.find(room, own.pop("name"), kind)
+        hints = typing.get_type_hints(kind)
+        for key in own:
+            if key not in hints:
+                raise unknown(f"setting in {path}", key, [f.name for f in fields(kind) if f.init])
+        return kind(**{key: from_json(hints[key], item, f"{path}.{key}") for key, item in own.items()})
+    if origin is tuple:
+        inner = arguments[0]
+        return tuple(from_json(inner, item, f"{path}[{i}]") for i, item in enumerate(value))
+    if origin is Literal:
+        if value not in arguments:
+            raise unknown(f"choice for {path}", str(value), map(str, arguments))
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, float, str, bool) and type(value) is not kind:
+        raise PerennialError(f"{path} is {value!r}, but it must be {_article(kind)}.")
+    return value
+
+
+def keys(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of `config` with its present value."""
+    found: dict[str, Any] = {}
+    for f in fields(config):
+        if not f.init:
+            continue
+        child, path = getattr(config, f.name), f"{prefix}{f.name}"
+        if is_dataclass(child):
+            found |= keys(child, f"{path}.")
+        elif f.name in KINDS:
+            found[path] = ",".join(part.name for part in child)
+            for part in child:
+                found |= keys(part, f"{path}.{part.name}.")
+        else:
+            found[path] = child
+    return found
+
+
+def _kinds() -> dict[str, type]:
+    from perennial.learning.base import Objective
+    from perennial.strategies.base import Strategy
+
+    return {"learning": Objective, "strategies": Strategy}
+
+
+def _set(value: Any, path: list[str], text: str, whole: str) -> Any:
+    """`value` with the field at `path` set."""
+    head, *rest = path
+    known = {f.name for f in fields(value) if f.init}
+    if head not in known:
+        raise unknown(f"setting --{whole} (at {head!r})", head, known)
+    child = getattr(value, head)
+    kind = typing.get_type_hints(type(value))[head]
+    if head in KINDS:
+        return replace(value, **{head: _set_kind(child, KINDS[head], rest, text, whole)})
+    if rest:
+        if not is_dataclass(child):
+            raise PerennialError(f"--{whole} does not exist, because {head!r} is {child!r} and has no settings.")
+        return replace(value, **{head: _set(child, rest, text, whole)})
+    return replace(value, **{head: parse(kind, text, f"--{whole}")})
+
+
+def _set_kind(parts: tuple[Any, ...], room: str, rest: list[str], text: str, whole: str) -> tuple[Any, ...]:
+    """Choose the parts by name, or change one of those chosen."""
+    base = _kinds()[room]
+    if not rest:
+        chosen = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
+        present = {part.name: part for part in parts}
+        return tuple(present.get(name) or discovery.find(room, name, base)() for name in chosen)
+    name, *inner = rest
+    if name not in [part.name for part in parts] or not inner:
+        raise unknown(f"part for --{whole}", name, [part.name for part in parts])
+    return tuple(_set(part, inner, text, whole) if part.name == name else part for part in parts)
+
+
+def parse(kind: Any, text: str, name: str) -> Any:
+    """The value of type `kind` that `text` stands for; tuples are separated by commas.
+
+    Raises:
+        PerennialError: the text does not fit.
+    """
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        inner = next(option for option in arguments if option is not type(None))
+        return inner() if is_dataclass(inner) and text in ("", "default") else parse(inner, text, name)
+    if origin is tuple:
+        items = [item.strip() for item in text.split(",") if item.strip()]
+        inner_kinds = [arguments[0]] * len(items) if len(arguments) == 2 and arguments[1] is ... else arguments
+        if len(items) != len(inner_kinds):
+            raise PerennialError(f"{name} is {text!r}, but it needs {len(inner_kinds)} values separated by commas.")
+        return tuple(parse(inner, item, name) for inner, item in zip(inner_kinds, items, strict=True))
+    if origin is Literal:
+        if text not in arguments:
+            raise unknown(f"choice for {name}", text, map(str, arguments))
+        return text
+    if kind is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    if kind is str:
+        return text
+    if dataclasses.is_dataclass(kind):
+        raise PerennialError(f"{name} has settings of its own; set one of them, for example {name}.{fields(kind)[0].name}.")
+    raise PerennialError(f"{name} is {json.dumps(text)}, but it must be {_article(kind)}.")
+
+
+def _article(kind: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))

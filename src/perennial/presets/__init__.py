@@ -1,0 +1,1 @@
+"""Published experiments as typed values, one file each."""

@@ -1,0 +1,244 @@
+"""Who plays the episodes: this process (`InlineWorkers`) or several (`ProcessWorkers`), behind one small interface.
+
+Every process worker has its own environments and its own copy of the policy whose parameters are views of one shared
+memory buffer, so broadcasting new weights is one copy. Episodes are dealt out by position, never by arrival, so the
+result does not depend on timing. A worker that dies or hangs is restarted and given the same episodes again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Literal, Protocol, Self
+
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import Tensor
+
+from perennial import discovery, faults
+from perennial.errors import LearningError, PerennialError
+from perennial.policies.base import Policy
+from perennial.policies.lora import bind, flatten
+from perennial.rollout.collect import Environments, OnEpisode, play
+from perennial.rollout.trajectory import Episode, Trajectory
+from perennial.suites.base import Suite
+
+ATTEMPTS = 3
+"""How often the same episodes are given to a fresh worker before the run stops."""
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """How episodes are played.
+
+    Attributes:
+        backend: "process" plays in worker processes, "inline" in this one.
+        count: worker processes; 0 takes one per processor core.
+        slots: episodes played side by side in each worker, which is the batch size of acting.
+        timeout: seconds without a finished episode after which a worker counts as hung.
+    """
+
+    backend: Literal["process", "inline"] = "process"
+    count: int = 0
+    slots: int = 16
+    timeout: float = 300.0
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Who plays where: all a worker needs to build its own copy."""
+
+    suite: str
+    policy: str
+    checkpoint: Path
+    seed: int
+
+
+class Workers(Protocol):
+    """Plays episodes with the weights that were broadcast last."""
+
+    def broadcast(self, weights: Mapping[str, Tensor]) -> None:
+        """Act with `weights`, by base parameter name, from now on."""
+        ...
+
+    def collect(self, episodes: Sequence[Episode], on_episode: OnEpisode = ...) -> list[Trajectory]:
+        """Play `episodes` and return their trajectories in the same order."""
+        ...
+
+    def close(self) -> None:
+        """End the workers and release environments and memory."""
+        ...
+
+
+def start_workers(config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor]) -> Workers:
+    """The workers that `config` asks for, acting with `weights`."""
+    backend = InlineWorkers if config.backend == "inline" else ProcessWorkers
+    return backend(config, cast, weights)
+
+
+def _assemble(cast: Cast) -> tuple[Policy, Environments]:
+    """A policy with the base weights and an empty set of environments."""
+    policy = discovery.find("policies", cast.policy, Policy).load(cast.checkpoint)
+    suite = discovery.find("suites", cast.suite, Suite)()
+    return policy, Environments(suite, policy.image_size)
+
+
+class InlineWorkers:
+    """Plays in the calling process; for tests and debugging."""
+
+    def __init__(self, config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor]) -> None:
+        self._config, self._seed = config, cast.seed
+        self._policy, self._environments = _assemble(cast)
+        self.broadcast(weights)
+
+    def broadcast(self, weights: Mapping[str, Tensor]) -> None:
+        """See `Workers`."""
+        self._policy.model.load_state_dict(dict(weights))
+
+    def collect(
+        self, episodes: Sequence[Episode], on_episode: OnEpisode = lambda steps, success: None
+    ) -> list[Trajectory]:
+        """See `Workers`."""
+        return play(self._policy, self._environments, episodes, self._seed, self._config.slots, on_episode)
+
+    def close(self) -> None:
+        """See `Workers`."""
+        self._environments.close()
+
+
+class _Worker:
+    """One worker process, seen from the parent."""
+
+    def __init__(self, start: Callable[[Connection], multiprocessing.Process]) -> None:
+        self._start = start
+        self._restart()
+
+    def _restart(self) -> None:
+        self.connection, child = multiprocessing.Pipe()
+        self.process = self._start(child)
+        child.close()
+
+    def play(self, positions: Sequence[int], episodes: Sequence[Episode]) -> None:
+        """Give the worker its share."""
+        self.positions, self.episodes, self.attempts = positions, episodes, 1
+        self._send()
+
+    def again(self, why: str) -> None:
+        """Replace a worker that died or hung by a fresh one with the same share."""
+        if self.attempts == ATTEMPTS:
+            raise LearningError(
+                f"A rollout worker {why} {ATTEMPTS} times on the same episodes of task "
+                f"{self.episodes[0].task!r}; the run stops with its state committed. "
+                "Check memory and the simulator with `perennial doctor`, then resume."
+            )
+        self.stop()
+        self._restart()
+        self.attempts += 1
+        self._send()
+
+    def _send(self) -> None:
+        with contextlib.suppress(BrokenPipeError):  # a worker that is dead already is noticed by its silence
+            self.connection.send(self.episodes)
+
+    def stop(self) -> None:
+        """End the process, waiting for it."""
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+class ProcessWorkers:
+    """Plays in `count` processes with one torch thread each."""
+
+    def __init__(self, config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor]) -> None:
+        count = config.count or len(os.sched_getaffinity(0))
+        self._config = config
+        self._flat, _ = flatten(weights)
+        self._flat.share_memory_()
+        context = multiprocessing.get_context("spawn")
+
+        def start(connection: Connection) -> multiprocessing.Process:
+            process = context.Process(
+                target=_serve, args=(connection, cast, config.slots, self._flat), daemon=True
+            )
+            process.start()
+            return process
+
+        self._workers = [_Worker(start) for _ in range(count)]
+
+    def broadcast(self, weights: Mapping[str, Tensor]) -> None:
+        """See `Workers`."""
+        flatten(weights, out=self._flat)
+
+    def collect(
+        self, episodes: Sequence[Episode], on_episode: OnEpisode = lambda steps, success: None
+    ) -> list[Trajectory]:
+        """See `Workers`."""
+        busy: list[_Worker] = []
+        for number, worker in enumerate(self._workers):
+            positions = range(number, len(episodes), len(self._workers))
+            if positions:
+                worker.play(positions, [episodes[i] for i in positions])
+                busy.append(worker)
+        trajectories: dict[int, Trajectory] = {}
+        while busy:
+            faults.point("rollout")
+            ready = wait([worker.connection for worker in busy], timeout=self._config.timeout)
+            if not ready:
+                for worker in busy:
+                    worker.again(f"finished no episode for {self._config.timeout:.0f} seconds")
+            for worker in [worker for worker in busy if worker.connection in ready]:
+                if self._receive(worker, trajectories, on_episode):
+                    busy.remove(worker)
+        return [trajectories[i] for i in range(len(episodes))]
+
+    def _receive(self, worker: _Worker, trajectories: dict[int, Trajectory], on_episode: OnEpisode) -> bool:
+        """Take one message; True when the worker's share is complete."""
+        try:
+            message = worker.connection.recv()
+        except (EOFError, ConnectionResetError):
+            worker.again(f"died (exit code {worker.process.exitcode})")
+            return False
+        if isinstance(message, PerennialError):
+            raise message
+        if isinstance(message, tuple):
+            on_episode(*message)
+            return False
+        trajectories.update(zip(worker.positions, message, strict=True))
+        return True
+
+    def close(self) -> None:
+        """See `Workers`."""
+        for worker in self._workers:
+            worker.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(connection: Connection, cast: Cast, slots: int, flat: Tensor) -> None:
+    """The life of a worker process: play what is asked until the parent goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    torch.set_num_threads(1)
+    policy, environments = _assemble(cast)
+    bind(policy.model, flat, flatten(policy.acting_weights())[1])
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            episodes = connection.recv()
+            try:
+                trajectories = play(
+                    policy, environments, episodes, cast.seed, slots, lambda steps, success: connection.send((steps, success))
+                )
+            except PerennialError as error:
+                connection.send(error)
+                continue
+            connection.send(trajectories)
+    environments.close()

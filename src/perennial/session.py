@@ -1,0 +1,139 @@
+"""Everything that is alive while a run works, and how it comes back from the last commit."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from perennial import config as configuration
+from perennial import discovery
+from perennial.config import Config
+from perennial.display import Display
+from perennial.evaluation.evaluate import Cell
+from perennial.interrupt import Interrupted, TwoStageInterrupt
+from perennial.learning.base import Objective
+from perennial.learning.optimizer import build_optimizer
+from perennial.policies._learned import load_learned, save_learned
+from perennial.policies.base import Policy
+from perennial.policies.lora import add_adapter
+from perennial.rollout.workers import Cast, Workers, start_workers
+from perennial.storage.run_folder import RunFolder
+from perennial.storage.tensors import load_optimizer, load_tensors, save_optimizer, save_tensors
+from perennial.strategies._composition import Strategies
+from perennial.suites.base import Suite, Task
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """What comes next: iteration `iteration` of stage `stage` of phase `phase`, all counted from 0."""
+
+    phase: int = 0
+    stage: int = 0
+    iteration: int = 0
+
+
+@dataclass
+class Session:
+    """A run at work.
+
+    Attributes:
+        optimizer: of the stage under way; None between phases.
+    """
+
+    config: Config
+    folder: RunFolder
+    suite: Suite
+    policy: Policy
+    strategies: Strategies
+    workers: Workers
+    display: Display
+    interrupt: TwoStageInterrupt
+    cursor: Cursor
+    optimizer: torch.optim.AdamW | None = None
+
+    def tasks(self, names: tuple[str, ...]) -> tuple[Task, ...]:
+        """The suite's tasks of these names."""
+        return tuple(self.suite.tasks[name] for name in names)
+
+    def commit(self, cursor: Cursor) -> None:
+        """Make the present state what a resumed run starts from; stop here if that was asked for."""
+
+        def write(target: Path) -> None:
+            save_learned(self.policy, target)
+            save_tensors(self.strategies.state_dict(), target / "strategy.safetensors")
+            if self.optimizer is not None:
+                save_optimizer(self.optimizer, self.policy.trainable(), target / "optimizer.safetensors")
+
+        self.folder.commit(write, {"cursor": asdict(cursor)})
+        self.cursor = cursor
+        self.stop_if_asked()
+
+    def stop_if_asked(self) -> None:
+        """End the run cleanly after the first Ctrl-C."""
+        if self.interrupt.requested:
+            raise Interrupted(f"Stopped with everything committed; continue with `perennial resume {self.folder.path}`.")
+
+    def stage_optimizer(self, objective: Objective, cursor: Cursor) -> torch.optim.AdamW:
+        """The optimiser of a stage: fresh at its first iteration, else as it was committed."""
+        self.optimizer = build_optimizer(self.policy, self.strategies, objective.optimizer)
+        latest = self.folder.latest()
+        if cursor.iteration and latest is not None:
+            load_optimizer(self.optimizer, self.policy.trainable(), latest.path / "optimizer.safetensors")
+        return self.optimizer
+
+
+def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
+    """Load the base policy and the last commit, and start the workers; `stack` ends what was started."""
+    suite = discovery.find("suites", config.suite, Suite)()
+    checkpoint = configuration.checkpoint_folder(config.policy.checkpoint)
+    policy = discovery.find("policies", config.policy.name, Policy).load(checkpoint)
+    if config.policy.adapter is not None:
+        add_adapter(policy, config.policy.adapter, config.seed)
+    strategies = Strategies(tuple(replace(strategy) for strategy in config.strategies))
+    cursor = Cursor()
+    latest = folder.latest()
+    if latest is not None:
+        load_learned(policy, latest.path)
+        strategies.load_state_dict(load_tensors(latest.path / "strategy.safetensors"), policy)
+        cursor = Cursor(**latest.state["cursor"])
+    display = stack.enter_context(Display(total_episodes(config), done_episodes(config, folder, cursor)))
+    interrupt = stack.enter_context(TwoStageInterrupt())
+    cast = Cast(config.suite, config.policy.name, checkpoint, config.seed)
+    workers = start_workers(config.workers, cast, policy.acting_weights())
+    stack.callback(workers.close)
+    return Session(config, folder, suite, policy, strategies, workers, display, interrupt, cursor)
+
+
+def cells(config: Config, row: int) -> list[Cell]:
+    """The cells of one row of the success matrix, in the order in which they are played."""
+    return [
+        Cell(row, decoder, variant, task)
+        for decoder in config.evaluation.decoders
+        for variant in config.evaluation.variants
+        for task in (*config.tasks.trained, *config.tasks.held_out)
+    ]
+
+
+def total_episodes(config: Config) -> int:
+    """All episodes of the run, training and evaluation."""
+    learning = sum(_stage_episodes(config, stage) * stage.iterations for stage in config.recipe)
+    rows = len(config.phases) + 1
+    return learning * len(config.tasks.trained) + rows * len(cells(config, 0)) * config.evaluation.episodes
+
+
+def done_episodes(config: Config, folder: RunFolder, cursor: Cursor) -> int:
+    """Those of them that are committed."""
+    evaluated = sum(folder.has_cell(cell) for row in range(len(config.phases) + 1) for cell in cells(config, row))
+    per_stage = [_stage_episodes(config, stage) * stage.iterations for stage in config.recipe]
+    done = cursor.phase * sum(per_stage) + sum(per_stage[: cursor.stage])
+    if cursor.iteration:
+        done += cursor.iteration * _stage_episodes(config, config.recipe[cursor.stage])
+    return done + evaluated * config.evaluation.episodes
+
+
+def _stage_episodes(config: Config, stage: Objective) -> int:
+    suite = discovery.find("suites", config.suite, Suite)()
+    return len(stage.episodes((suite.tasks[config.tasks.trained[0]],), ("count", 0)))

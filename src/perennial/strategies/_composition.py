@@ -1,0 +1,76 @@
+"""Several strategies acting as one; with none of them this is sequential fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from perennial.errors import PerennialError
+from perennial.policies.base import Batch, Policy
+from perennial.strategies.base import Collect, ParameterGroup, Strategy
+from perennial.suites.base import Task
+
+
+@dataclass(frozen=True)
+class Strategies:
+    """What the training loop talks to. Penalties and replay losses add up; groups and adapters have one owner."""
+
+    members: tuple[Strategy, ...] = ()
+
+    def before_task(self, task: Task, policy: Policy) -> None:
+        """See `Strategy.before_task`."""
+        for member in self.members:
+            member.before_task(task, policy)
+
+    def parameter_groups(self, policy: Policy) -> Sequence[ParameterGroup] | None:
+        """The groups of the one strategy that sets them.
+
+        Raises:
+            PerennialError: two strategies set parameter groups.
+        """
+        grouped = [(m.name, groups) for m in self.members if (groups := m.parameter_groups(policy)) is not None]
+        if len(grouped) > 1:
+            raise PerennialError(
+                f"The strategies {grouped[0][0]!r} and {grouped[1][0]!r} both set learning rates; keep one of them."
+            )
+        return grouped[0][1] if grouped else None
+
+    def penalty(self, policy: Policy, batch: Batch) -> Tensor | None:
+        """The sum of the members' penalties on `batch`."""
+        penalties = [p for m in self.members if (p := m.penalty(policy, batch)) is not None]
+        return sum(penalties[1:], penalties[0]) if penalties else None
+
+    def replay_loss(self, policy: Policy, rng: np.random.Generator, size: int) -> Tensor | None:
+        """The sum of the members' losses on what each replays beside an update on `size` rows."""
+        losses = [m.replay_loss(policy, b) for m in self.members if (b := m.replay(rng, size)) is not None and len(b)]
+        return sum(losses[1:], losses[0]) if losses else None
+
+    def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
+        """See `Strategy.after_task`."""
+        for member in self.members:
+            member.after_task(task, policy, collect)
+
+    def policy_for(self, task: Task, policy: Policy) -> Mapping[str, Tensor]:
+        """The weights that act in `task`: those of the first member with an opinion, else today's."""
+        for member in self.members:
+            if type(member).policy_for is not Strategy.policy_for:
+                return member.policy_for(task, policy)
+        return policy.acting_weights()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The members' states under their position and name."""
+        return {
+            f"{position}.{member.name}.{key}": value
+            for position, member in enumerate(self.members)
+            for key, value in member.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor], policy: Policy) -> None:
+        """Restore what `state_dict` gave."""
+        for position, member in enumerate(self.members):
+            prefix = f"{position}.{member.name}."
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            member.load_state_dict(own, policy)
