@@ -1,25 +1,203 @@
-"""Low-rank adapters (Hu et al., arXiv 2106.09685) and the weights that act."""
+"""Low-rank adapters (Hu et al., arXiv 2106.09685), which parameters learn, and the weights that act."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perennial.errors import PerennialError, unknown
+from perennial.policies._tensors import write_tensors
+from perennial.randomness import integer_seed
+
+if TYPE_CHECKING:
+    from perennial.policies.base import Policy
+
+ALIGNMENT = 16
+"""Float32 numbers to a 64-byte cache line; every weight in a flat buffer starts on one."""
+
+Layout = tuple[tuple[str, int, tuple[int, ...]], ...]
+"""Name, offset and shape of every weight in a flat buffer."""
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """An adapter on every linear layer: W + alpha / rank * B A, with B zero at first, so nothing changes.
+
+    Attributes:
+        rank, alpha: of every layer.
+        rank_by_group: rank of the layers of a parameter group, where it differs.
+    """
+
+    rank: int = 16
+    alpha: int = 16
+    rank_by_group: Mapping[str, int] = field(default_factory=dict)
+
+
+def add_adapter(policy: Policy, lora: LoRA, seed: int) -> None:
+    """Wrap `policy.model` by PEFT: A is Gaussian with standard deviation 1 / rank, named by `seed`; the base freezes.
+
+    Raises:
+        PerennialError: there is an adapter already, or `rank_by_group` names an unknown group.
+    """
+    peft = _peft()
+    if is_wrapped(policy.model):
+        raise PerennialError("The policy has an adapter already; load its base checkpoint again to add another.")
+    for group in lora.rank_by_group:
+        if group not in policy.groups:
+            raise unknown("parameter group", group, policy.groups)
+    of_parameter = {name: group for group, names in policy.groups.items() for name in names}
+    linear = [name for name, module in policy.model.named_modules() if isinstance(module, nn.Linear)]
+    ranks = {name: lora.rank_by_group.get(of_parameter[f"{name}.weight"], lora.rank) for name in linear}
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules="all-linear",
+        init_lora_weights="gaussian",
+        rank_pattern={name: rank for name, rank in ranks.items() if rank != lora.rank},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(integer_seed(seed, "adapter"))
+        policy.model = peft.get_peft_model(policy.model, config).eval()
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether PEFT has wrapped the model."""
+    return hasattr(model, "get_base_model")
+
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module itself, where PEFT has wrapped it."""
-    base = getattr(model, "get_base_model", None)
-    return base() if base is not None else model
+    """The model's own module, where PEFT has wrapped it; the layers inside still carry the adapter."""
+    base: nn.Module = model.get_base_model() if is_wrapped(model) else model  # type: ignore[operator]
+    return base
 
 
 def base_name(name: str) -> str:
-    """The base parameter that a parameter belongs to: PEFT's prefixes and adapter parts removed."""
+    """The base parameter that a parameter belongs to: PEFT's prefixes and adapter parts removed.
+
+    `base_model.model.projector.fc1.lora_A.default.weight` and `base_model.model.projector.fc1.base_layer.weight`
+    both belong to `projector.fc1.weight`.
+    """
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     module, adapter, _ = name.partition(".lora_")
     return f"{module}.weight" if adapter else name
 
 
+def set_trainable(policy: Policy, groups: Collection[str] = ("vision", "language", "action")) -> None:
+    """Let exactly the parameters of `groups` learn: the adapter's where there is one, the base's otherwise.
+
+    Raises:
+        PerennialError: there is no such group.
+    """
+    for group in groups:
+        if group not in policy.groups:
+            raise unknown("parameter group", group, policy.groups)
+    chosen = {name for group in groups for name in policy.groups[group]}
+    adapter = is_wrapped(policy.model)
+    for name, parameter in policy.model.named_parameters():
+        parameter.requires_grad_(base_name(name) in chosen and (".lora_" in name) == adapter)
+
+
+@torch.no_grad()
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Detached copies of the base parameters with adapters added: W + scale * B A."""
-    with torch.no_grad():
-        return {base_name(n): p.detach().clone() for n, p in unwrap(model).named_parameters() if ".lora_" not in n}
+    """Detached copies of all base parameters by base name, the active adapters added: W + scale * B A."""
+    weights = {
+        base_name(name): parameter.detach().clone()
+        for name, parameter in unwrap(model).named_parameters()
+        if ".lora_" not in name
+    }
+    for name, module in unwrap(model).named_modules():
+        if hasattr(module, "lora_A"):
+            for adapter in module.active_adapters:  # type: ignore[union-attr]
+                weights[f"{name}.weight"] += module.get_delta_weight(adapter)  # type: ignore[operator]
+    return weights
+
+
+def flatten(weights: Mapping[str, Tensor], out: Tensor | None = None) -> tuple[Tensor, Layout]:
+    """Put `weights` one after another into one float32 buffer, for example to share it with other processes.
+
+    Args:
+        weights: by name, in a fixed order.
+        out: an earlier buffer of the same layout to overwrite; models bound to it act with the new weights at once.
+    """
+    layout, size = [], 0
+    for name, tensor in weights.items():
+        layout.append((name, size, tuple(tensor.shape)))
+        size += math.ceil(tensor.numel() / ALIGNMENT) * ALIGNMENT
+    flat = torch.zeros(size) if out is None else out
+    for name, offset, shape in layout:
+        flat[offset : offset + math.prod(shape)].view(shape).copy_(weights[name])
+    return flat, tuple(layout)
+
+
+def bind(model: nn.Module, flat: Tensor, layout: Layout) -> None:
+    """Make every parameter of `model` a view into `flat`, without copying."""
+    parameters = dict(model.named_parameters())
+    for name, offset, shape in layout:
+        parameters[name].data = flat[offset : offset + math.prod(shape)].view(shape)
+
+
+def save_adapter(policy: Policy, folder: Path, base: str) -> None:
+    """Write the adapter as a standard PEFT folder.
+
+    Args:
+        policy: with an adapter.
+        folder: is created.
+        base: name or path of the base checkpoint, for people; `revision` records a hash of its weights.
+    """
+    peft = _peft()
+    folder.mkdir(parents=True, exist_ok=True)
+    config = policy.model.peft_config["default"].to_dict()  # type: ignore[union-attr,operator,index]
+    config |= {"base_model_name_or_path": base, "revision": fingerprint(policy.model), "inference_mode": True}
+    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets become sorted lists
+    (folder / "adapter_config.json").write_text(text + "\n")
+    tensors = peft.get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+
+
+def load_adapter(policy: Policy, folder: Path) -> None:
+    """Replace the policy's adapter, if it has one, by the one in `folder`; its parameters learn.
+
+    Raises:
+        PerennialError: the folder is missing or truncated, or its adapter was trained on another base.
+    """
+    peft = _peft()
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        base, revision = config["base_model_name_or_path"], config["revision"]
+    except (OSError, ValueError, KeyError) as error:
+        raise PerennialError(f"{folder} is not an adapter folder ({error!r}); choose another one.") from error
+    if revision != fingerprint(policy.model):
+        raise PerennialError(f"The adapter in {folder} was trained on other weights ({base}); load that base first.")
+    if is_wrapped(policy.model):
+        policy.model = policy.model.unload()  # type: ignore[operator]
+    try:
+        policy.model = peft.PeftModel.from_pretrained(policy.model, folder, is_trainable=True).eval()
+    except Exception as error:  # safetensors and PEFT raise what they like about a broken file
+        raise PerennialError(f"The adapter in {folder} cannot be read ({error}); copy the folder again.") from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the base weights, which an adapter does not change."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted((base_name(n), p) for n, p in model.named_parameters() if ".lora_" not in n):
+        values = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(f"{name}{list(parameter.shape)}".encode())
+        digest.update(np.ascontiguousarray(values.numpy()))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _peft():  # noqa: ANN202 - a lazily imported module
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise PerennialError(f"Adapters need {error.name}; install it with pip install 'perennial[vla]'.") from error
+    return peft
