@@ -1,0 +1,104 @@
+"""Curves as SVG text that takes its colours from the page around it, so one drawing serves light and dark.
+
+The same numbers always give the same bytes. Colours are CSS variables with a fallback, so a drawing also stands alone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+INK, FAINT, LINE, OTHER = "#1b2a24", "#c9d2cd", "#0b7a55", "#b4540a"
+VARIABLES = {INK: "--ink", FAINT: "--rule", LINE: "--accent", OTHER: "--second"}
+KEY = ((LINE, "-"), (OTHER, "--"), (INK, ":"), (LINE, "-."), (OTHER, ":"), (INK, "-"))
+"""Colour and dashes of the first, second, ... curve of a drawing."""
+
+Curve = Sequence[tuple[float, float]]
+
+
+def success_curve(name: str, curves: Sequence[Curve], title: str, base: float | None = None) -> str:
+    """Success in percent over iterations, one line a curve; `KEY` tells how the lines are drawn, in order.
+
+    Args:
+        name: unique within the page; it prefixes every id in the drawing.
+        curves: each of (iteration, success in [0, 1]) pairs.
+        title: what a screen reader says.
+        base: success of the base checkpoint in [0, 1], drawn as a level.
+    """
+    figure, axes = _figure((3.6, 2.3))
+    if base is not None:
+        axes.axhline(100 * base, color=OTHER, linewidth=1, linestyle=(0, (4, 3)))
+        above = base < 0.9
+        axes.annotate(
+            "base", (1, 100 * base), (-2, 3 if above else -3), xycoords=("axes fraction", "data"),
+            textcoords="offset points", ha="right", va="bottom" if above else "top", color=OTHER, fontsize=9,
+        )  # fmt: skip
+    for index, curve in enumerate(curves):
+        _draw(axes, [(x, 100 * y) for x, y in curve], index)
+    axes.set_ylim(-3, 103)
+    axes.set_yticks([0, 25, 50, 75, 100])
+    _label(axes, "iteration", "success in training, %")
+    return _svg(figure, name, title)
+
+
+def quantity_curve(name: str, curve: Curve, title: str, unit: str, boundaries: Sequence[float] = ()) -> str:
+    """One quantity over all iterations of the run, with a thin line where a new task begins."""
+    figure, axes = _figure((3.6, 1.7))
+    for boundary in boundaries:
+        axes.axvline(boundary, color=FAINT, linewidth=1)
+    _draw(axes, curve, 0)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(0.0, low), high if high > 0 else 1.0)
+    _label(axes, "iteration of the whole run", unit)
+    return _svg(figure, name, title)
+
+
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=9, color=FAINT)
+    axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.6)
+    axes.patch.set_visible(False)
+    figure.patch.set_visible(False)
+    return figure, axes
+
+
+def _draw(axes: Any, curve: Curve, index: int) -> None:
+    xs, ys = [x for x, _ in curve], [y for _, y in curve]
+    colour, dashes = KEY[index % len(KEY)]
+    marker = "o" if len(curve) <= 30 else ""
+    axes.plot(xs, ys, color=colour, linewidth=1.7, linestyle=dashes, marker=marker, markersize=3)
+
+
+def _label(axes: Any, x: str, y: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def _svg(figure: Any, name: str, title: str) -> str:
+    import matplotlib
+
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    body = re.sub(r"<(metadata|style)\b.*?</\1>", "", text.getvalue(), flags=re.DOTALL)
+    body = body[body.index("<svg") :]
+    box = re.search(r'viewBox="[^"]*"', body)
+    inside = body[body.index(">") + 1 :]
+    inside = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", inside)
+    for colour, variable in VARIABLES.items():
+        inside = inside.replace(colour, f"var({variable}, {colour})")
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" {box and box[0]}'
+    return f'{opening} class="plot" role="img" aria-label="{escape(title)}">{inside}'

@@ -1,0 +1,62 @@
+"""Episode videos: H.264 in MP4, yuv420p, which every browser plays."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from perennial.errors import PerennialError
+
+QUALITY = 26
+"""x264's constant rate factor: 0 is lossless, 51 the worst; 26 keeps a 256-pixel episode near 100 kB."""
+
+
+def encode(frames: np.ndarray, path: Path, fps: int = 20) -> None:
+    """Write `frames` to `path`, whole or not at all.
+
+    Args:
+        frames: uint8 [F, H, W, 3] with at least one frame; an odd last row or column is repeated once, because
+            yuv420p halves the colour resolution.
+        path: ends in .mp4; its folder is made if it is missing.
+        fps: frames a second.
+
+    Raises:
+        PerennialError: the frames have another shape or type, or PyAV is not installed.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise PerennialError(
+            f"A video needs frames uint8 [F, H, W, 3], all at least 1, not {frames.dtype} {list(frames.shape)}."
+        )
+    height, width = frames.shape[1:3]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".mp4")
+    try:
+        _write(even, partial, fps)
+        os.fsync(handle)
+        Path(partial).chmod(0o644)
+        Path(partial).replace(path)
+    finally:
+        os.close(handle)
+        Path(partial).unlink(missing_ok=True)
+
+
+def _write(frames: np.ndarray, path: str, fps: int) -> None:
+    try:
+        import av
+    except ImportError as error:
+        raise PerennialError(
+            f"Videos need PyAV, which cannot be imported ({error}); install it with: pip install 'perennial[metaworld]'."
+        ) from error
+    # One thread: x264's output depends on the number of threads, and a run's files should not depend on the machine.
+    options = {"crf": str(QUALITY), "preset": "slow", "threads": "1", "movflags": "+faststart"}
+    with av.open(path, "w", options={"movflags": "+faststart"}) as container:
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode())

@@ -1,0 +1,67 @@
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from perennial.reports import plots
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def texts(svg):
+    return ["".join(element.itertext()) for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def curve_points(svg, name, index):
+    """The points of the line with that number of the drawing, in its own coordinates."""
+    group = next(e for e in ElementTree.fromstring(svg).iter(f"{SVG}g") if e.get("id") == f"{name}-line2d_{index}")
+    words = group.find(f"{SVG}path").get("d").split()
+    return [(float(words[i + 1]), float(words[i + 2])) for i in range(0, len(words), 3)]
+
+
+def test_success_is_drawn_in_percent_with_named_axes():
+    svg = plots.success_curve("a", [[(0, 0.1), (5, 0.9)]], "a & b <c>", base=0.2)
+    assert ElementTree.fromstring(svg).get("aria-label") == "a & b <c>"
+    assert {"iteration", "success in training, %", "base", "0", "100"} <= set(texts(svg))
+
+
+def test_a_line_goes_through_the_given_points():
+    # The middle point lies half-way in x and at a quarter of the height between the first and the last.
+    svg = plots.quantity_curve("k", [(0, 0.0), (2, 1.0), (4, 4.0)], "KL", "nats")
+    lines = [n for n in range(1, 60) if f'id="k-line2d_{n}"' in svg]
+    found = []
+    for number in lines:
+        try:
+            points = curve_points(svg, "k", number)
+        except (AttributeError, ValueError, IndexError):
+            continue
+        if len(points) == 3:
+            found.append(points)
+    ((first, middle, last),) = found
+    assert middle[0] == pytest.approx((first[0] + last[0]) / 2)
+    assert middle[1] == pytest.approx(first[1] + (last[1] - first[1]) / 4)
+    assert last[1] < first[1]  # SVG counts downwards
+
+
+def test_the_same_numbers_give_the_same_bytes_and_no_date():
+    curve = [(i, i / 9) for i in range(10)]
+    svg = plots.success_curve("a", [curve], "t")
+    assert svg == plots.success_curve("a", [curve], "t")
+    assert "metadata" not in svg
+    assert "matplotlib v" not in svg.lower()
+
+
+def test_ids_of_two_drawings_on_one_page_differ_and_are_all_resolved():
+    import re
+
+    drawings = [plots.success_curve(name, [[(0, 0.1), (1, 0.2)]], "t", base=0.1) for name in ("a", "b")]
+    ids = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in drawings]
+    assert ids[0].isdisjoint(ids[1])
+    for svg, own in zip(drawings, ids, strict=True):
+        assert set(re.findall(r'(?:url\(|href=")#([^")]+)', svg)) <= own
+
+
+def test_colours_follow_the_page_and_have_a_fallback():
+    svg = plots.success_curve("a", [[(0, 0.1)], [(0, 0.2)], [(0, 0.3)]], "t", base=0.5)
+    for colour, variable in plots.VARIABLES.items():
+        assert f"var({variable}, {colour})" in svg
+        assert svg.count(colour) == svg.count(f"var({variable}, {colour})")
