@@ -127,10 +127,8 @@ def metaworld_check(installed: str | None, probe: Probe) -> Check:
     return Check("Meta-World", "ok", installed)
 
 
-def memory_check(free: int | None) -> Check:
-    """At least 4 GB of memory free, given in bytes; None where the system does not tell."""
-    if free is None:
-        return Check("memory", "ok", "unknown on this system")
+def memory_check(free: int) -> Check:
+    """At least 4 GB of memory free, given in bytes."""
     if free < 4 * GIGABYTE:
         fix = "Close other programs, or run with fewer workers."
         return Check("memory", "warning", f"{free / GIGABYTE:.1f} GB free; a run wants 4 GB", fix)
@@ -196,13 +194,11 @@ def declared(distribution: str) -> Requirement:
     return next(requirement for requirement in declarations if requirement.name == distribution)
 
 
-def free_memory() -> int | None:
-    """Bytes that can be had without swapping, container limits (cgroup v2) included; None where unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+def free_memory() -> int:
+    """Bytes that can be had without swapping, the limit of a container (cgroup v2) included."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     try:
         return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
@@ -280,9 +276,32 @@ def diagnose(runs: Path = Path("runs")) -> list[Check]:
     return checks
 
 
-def exit_code(checks: list[Check]) -> int:
-    """1 if there is a problem, else 0."""
-    return int(any(check.status == "problem" for check in checks))
+def describe_machine() -> dict[str, str | int | None]:
+    """What a run's numbers were made with: versions, processor, cores, memory, GPU. Nothing that changes by the hour."""
+    import psutil
+    import torch
+
+    libraries = ("perennial", "torch", "numpy", "transformers", "peft", "gymnasium", "mujoco", "metaworld")
+    return {
+        "python": platform.python_version(),
+        **{name: installed_version(name) for name in libraries},
+        "system": platform.platform(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / GIGABYTE),
+        "gpu": gpu_name(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's name as sold, or at least its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def print_report(checks: list[Check], console: Console) -> None:

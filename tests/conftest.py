@@ -1,0 +1,64 @@
+"""What every test may rely on: one thread, deterministic torch, a clean environment, and honest skips."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+
+import hypothesis
+import pytest
+import torch
+
+from perennial import doctor
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+
+@functools.cache
+def chromium_path() -> str | None:
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@functools.cache
+def missing_for_simulator() -> str:
+    for distribution in ("mujoco", "metaworld"):
+        if doctor.installed_version(distribution) is None:
+            return f"{distribution} is not installed"
+    drawn = doctor.probe(doctor.DRAW)
+    return "" if drawn.succeeded else f"MuJoCo cannot draw here: {drawn.said}"
+
+
+def missing_for_browser() -> str:
+    return "" if chromium_path() else "Chromium is not installed"
+
+
+@pytest.hookimpl(trylast=True)  # after deselection, so that nothing is probed for tests that do not run
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker, missing in (("simulator", missing_for_simulator), ("browser", missing_for_browser)):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        reason = missing() if marked else ""
+        if reason:
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No PERENNIAL_* variable of the caller reaches a test, and torch's global stream starts anew."""
+    for name in os.environ:
+        if name.startswith("PERENNIAL_"):
+            monkeypatch.delenv(name)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def chromium() -> str:
+    """Path of a Chromium that can run headless; mark the test `browser`."""
+    path = chromium_path()
+    assert path is not None
+    return path
