@@ -1,0 +1,82 @@
+"""Dark experience replay: the logits of an earlier policy are matched on decisions kept from earlier tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perennial.errors import PerennialError
+from perennial.policies.base import Batch, Policy
+from perennial.strategies._weights import looking_through, prefixed, snapshot, unprefixed
+from perennial.strategies.replay import Replay
+from perennial.suites.base import Task
+
+ROWS = 64
+"""Decisions labelled in one forward pass."""
+
+
+@dataclass
+class DarkReplay(Replay):
+    """loss + coefficient * MSE(logits, kept logits) + label_coefficient * imitation loss, on kept decisions.
+
+    DER (Buzzega et al., arXiv 2004.07211) with label_coefficient 0, DER++ with more; DER++ draws one batch for both
+    terms here, where the paper draws two. The squared error is averaged over the executed tokens and their bins.
+    Logits are those of the policy at the end of the decision's task.
+
+    `variant="ut2026"` takes the logits of the policy before the first task instead, as the code of arXiv 2603.11653
+    does: a distillation to the base. That code's other memory is described in `Replay`.
+
+    Attributes:
+        label_coefficient: weight of the imitation loss, at least 0.
+    """
+
+    name: ClassVar[str] = "dark_replay"
+    label_coefficient: float = 0.0
+    variant: Literal["textbook", "ut2026"] = "textbook"
+    base: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_coefficient < 0:
+            raise PerennialError(f"dark_replay.label_coefficient is {self.label_coefficient}; it must be at least 0.")
+
+    def requires(self) -> frozenset[str]:
+        """Logits to match."""
+        return frozenset({"logits"})
+
+    def before_task(self, task: Task, policy: Policy) -> None:
+        """Remember the base, where it is the teacher."""
+        if self.variant == "ut2026" and not self.base:
+            self.base = snapshot(policy)
+
+    def label(self, policy: Policy, batch: Batch) -> Batch:
+        """`batch` with the teacher's logits."""
+        parts = [batch.take(np.arange(at, min(at + ROWS, len(batch)))) for at in range(0, len(batch), ROWS)]
+        with torch.no_grad(), looking_through(policy, self.base):
+            logits = torch.cat([policy.logits(part).float().cpu() for part in parts])
+        return replace(batch, logits=logits.numpy())
+
+    def replay_loss(self, policy: Policy, batch: Batch) -> Tensor:
+        """The weighted squared error of the logits and, for DER++, the weighted imitation loss."""
+        logits = policy.logits(batch)
+        kept = torch.from_numpy(batch.logits).to(logits.device)
+        mask = torch.from_numpy(batch.mask).to(logits.device)
+        errors = ((logits - kept) ** 2).mean(-1)
+        loss = self.coefficient * (errors * mask).sum() / mask.sum().clamp(min=1)
+        if self.label_coefficient:
+            loss = loss + self.label_coefficient * policy.imitation_loss(batch).mean()
+        return loss
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every kept decision with its logits, and the base."""
+        return prefixed("memory", super().state_dict()) | prefixed("base", self.base)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], policy: Policy) -> None:
+        """Restore what `state_dict` gave."""
+        super().load_state_dict(unprefixed("memory", state), policy)
+        self.base = unprefixed("base", state, policy.device)

@@ -1,0 +1,128 @@
+"""Elastic weight consolidation: weights that mattered for earlier tasks are held by a quadratic spring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perennial.errors import PerennialError
+from perennial.policies.base import Batch, Policy
+from perennial.rollout.trajectory import to_batch
+from perennial.strategies._running_squares import RunningSquares
+from perennial.strategies._weights import prefixed, snapshot, unprefixed
+from perennial.strategies.base import Collect, Strategy
+from perennial.suites.base import Task
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class EWC(Strategy):
+    """Online EWC (Kirkpatrick et al., arXiv 1612.00796; Schwarz et al., arXiv 1805.06370) on what is trained.
+
+    The penalty is coefficient / 2 * sum F (theta - theta*)^2 with theta* the weights that the present task starts
+    from and F <- decay * F + F_task. F_task is the diagonal of the Fisher information of the policy just learned: the
+    mean over decisions of the squared gradient of log pi(a|s), one decision at a time, where states and actions come
+    from fresh rollouts of that policy and its weights stay fixed.
+
+    `variant="ut2026"` is what the code of arXiv 2603.11653 does: the penalty has no 1/2; F is not decayed; F_task is
+    taken from the gradients of the training itself (objective, penalty and replay, while the weights move): after
+    every backward pass the running sum of the step's gradients so far is squared and added, the total is divided by
+    the number of optimiser steps and clamped to 1e4. `episodes`, `samples`, `decay` and `normalise` have no effect.
+    It differs from that code in three ways: all of a task's updates count, not only its last epoch, because a
+    strategy is not told which epoch is the last; a penalty of NaN ends the run instead of becoming 0; and parameters
+    are never skipped. Use their coefficient of 1e6 with it.
+
+    Attributes:
+        coefficient: lambda, at least 0.
+        decay: gamma, weight of the earlier Fisher, in [0, 1].
+        episodes: played after every task to estimate the Fisher.
+        samples: decisions of these that are used, evenly spread.
+        normalise: scale every task's Fisher to a mean of 1, so that tasks count alike.
+    """
+
+    name: ClassVar[str] = "ewc"
+    coefficient: float = 100.0
+    decay: float = 1.0
+    episodes: int = 16
+    samples: int = 128
+    normalise: bool = False
+    variant: Literal["textbook", "ut2026"] = "textbook"
+    fisher: Tensors = field(init=False, repr=False, default_factory=dict)
+    anchor: Tensors = field(init=False, repr=False, default_factory=dict)
+    squares: RunningSquares = field(init=False, repr=False, compare=False, default_factory=RunningSquares)
+
+    def __post_init__(self) -> None:
+        if self.coefficient < 0:
+            raise PerennialError(f"ewc.coefficient is {self.coefficient}; it must be at least 0.")
+        if not 0 <= self.decay <= 1:
+            raise PerennialError(f"ewc.decay is {self.decay}; it must be between 0 and 1.")
+        if min(self.episodes, self.samples) < 1:
+            raise PerennialError("ewc.episodes and ewc.samples must be at least 1.")
+
+    def before_task(self, task: Task, policy: Policy) -> None:
+        """Anchor to the weights that the task starts from."""
+        self.anchor = snapshot(policy) if self.fisher else {}
+
+    def penalty(self, policy: Policy, batch: Batch) -> Tensor | None:
+        """The spring energy, whatever the batch."""
+        if self.variant == "ut2026":
+            self.squares.watch(policy)
+        terms = [
+            (self.fisher[name] * (parameter - self.anchor[name]) ** 2).sum()
+            for name, parameter in policy.trainable().items()
+            if name in self.fisher and name in self.anchor
+        ]
+        if self.coefficient == 0 or not terms:
+            return None
+        return self.coefficient * (1.0 if self.variant == "ut2026" else 0.5) * torch.stack(terms).sum()
+
+    def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
+        """Add the task's Fisher."""
+        if self.variant == "ut2026":
+            fisher, decay = self.squares.finish(ceiling=1e4), 1.0
+        else:
+            decay = self.decay
+            batch = to_batch(collect(self.episodes), policy.token_steps)
+            rows = np.linspace(0, len(batch) - 1, min(self.samples, len(batch))).astype(int)
+            fisher = fisher_diagonal(policy, batch.take(rows))
+            if self.normalise:
+                mean = torch.cat([value.flatten() for value in fisher.values()]).mean().clamp(min=1e-30)
+                fisher = {name: value / mean for name, value in fisher.items()}
+        for name, value in fisher.items():
+            self.fisher[name] = decay * self.fisher[name] + value if name in self.fisher else value
+
+    def state_dict(self) -> Tensors:
+        """Fisher and anchor, and for `ut2026` the squares collected so far in the present task."""
+        state = prefixed("fisher", self.fisher) | prefixed("anchor", self.anchor)
+        return state | prefixed("squares", self.squares.totals) | {"steps": torch.tensor(self.squares.steps)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor], policy: Policy) -> None:
+        """Restore what `state_dict` gave."""
+        self.fisher = unprefixed("fisher", state, policy.device)
+        self.anchor = unprefixed("anchor", state, policy.device)
+        self.squares.totals = unprefixed("squares", state, policy.device)
+        self.squares.steps = int(state["steps"])
+
+
+def fisher_diagonal(policy: Policy, batch: Batch) -> Tensors:
+    """Mean over the rows of `batch` of the squared gradient of the log-probability of the executed tokens.
+
+    With actions that were sampled from `policy` this estimates the diagonal of its Fisher information.
+    """
+    trainable = policy.trainable()
+    total = {name: torch.zeros_like(parameter) for name, parameter in trainable.items()}
+    for row in range(len(batch)):
+        decision = batch.take(np.array([row]))
+        log_prob = policy.log_prob(decision)
+        executed = (log_prob * torch.from_numpy(decision.mask).to(log_prob.device)).sum()
+        gradients = torch.autograd.grad(executed, list(trainable.values()), allow_unused=True)
+        for name, gradient in zip(trainable, gradients, strict=True):
+            if gradient is not None:
+                total[name] += gradient**2
+    return {name: value / len(batch) for name, value in total.items()}

@@ -1,0 +1,97 @@
+"""RETAIN: after every task the fine-tuned weights are averaged with those that the task started from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from perennial.errors import PerennialError
+from perennial.policies.base import Policy
+from perennial.policies.lora import base_name
+from perennial.strategies._weights import prefixed, restore, snapshot, unprefixed
+from perennial.strategies.base import Collect, Strategy
+from perennial.suites.base import Task
+
+
+@dataclass
+class Merge(Strategy):
+    """theta_n = (1 - alpha) theta_{n-1} + alpha theta_ft,n; task n is trained from theta_{n-1} (arXiv 2512.08333).
+
+    Exact when the weights themselves are trained, as in the paper. With an adapter the effective update B A is
+    averaged, not its factors (which are not unique), and written back as the best adapter of the same rank: exact
+    after the first task and whenever the average has that rank, otherwise its nearest approximation. The base stays
+    as it is, so that every adapter folder remains a whole policy.
+
+    The weight merge in the code of arXiv 2603.11653 (frozen weights W0 + c sum B_j A_j, a fresh adapter for every
+    task, evaluated at scale c) is the same recursion with alpha = c, without the limit on the rank.
+
+    Attributes:
+        alpha: weight of the fine-tuned weights, in [0, 1].
+        vision, language, action: the same for one group of parameters, where it differs.
+    """
+
+    name: ClassVar[str] = "merge"
+    alpha: float = 0.5
+    vision: float | None = None
+    language: float | None = None
+    action: float | None = None
+    start: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for alpha in (self.alpha, self.vision, self.language, self.action):
+            if alpha is not None and not 0 <= alpha <= 1:
+                raise PerennialError(f"merge weighs the fine-tuned weights by {alpha}; it must be between 0 and 1.")
+
+    def before_task(self, task: Task, policy: Policy) -> None:
+        """Keep the weights that the task starts from."""
+        self.start = snapshot(policy)
+
+    def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
+        """Average, so that the next task starts from there."""
+        learned = snapshot(policy)
+        group_of = {name: group for group, names in policy.groups.items() for name in names}
+        merged: dict[str, Tensor] = {}
+        for name in [name for name in learned if name in self.start]:
+            own: float | None = getattr(self, group_of[base_name(name)])
+            alpha = self.alpha if own is None else own
+            if ".lora_A." in name:
+                up = name.replace(".lora_A.", ".lora_B.")
+                merged[up], merged[name] = average_factors(
+                    (self.start[up], self.start[name]), (learned[up], learned[name]), alpha
+                )
+            elif ".lora_" not in name:
+                merged[name] = torch.lerp(self.start[name].float(), learned[name].float(), alpha)
+        restore(policy, merged)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights that the present task started from."""
+        return prefixed("start", self.start)
+
+    def load_state_dict(self, state: Mapping[str, Tensor], policy: Policy) -> None:
+        """Restore what `state_dict` gave."""
+        self.start = unprefixed("start", state, policy.device)
+
+
+def average_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], alpha: float) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] whose product is nearest to (1 - alpha) B_old A_old + alpha B_new A_new.
+
+    Nearest in the Frobenius norm, by the singular values of the small core between two QR decompositions. The rows of
+    A keep the size that those of the new A have on average, so that directions which B leaves empty can still learn.
+    """
+    (b_old, a_old), (b_new, a_new) = old, new
+    if alpha in (0, 1):
+        return new if alpha else old
+    rank = len(a_new)
+    b, core_b = torch.linalg.qr(torch.cat([(1 - alpha) * b_old, alpha * b_new], dim=1).double())
+    a, core_a = torch.linalg.qr(torch.cat([a_old, a_new]).double().T)
+    u, singular, v = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
+    size = a_new.double().norm() / rank**0.5
+    up, down = torch.zeros_like(b_new), torch.zeros_like(a_new)
+    kept = min(rank, len(singular))
+    up[:, :kept] = (b @ u[:, :kept] * singular[:kept] / size).to(up.dtype)
+    down[:kept] = (v[:kept] @ a.T * size).to(down.dtype)
+    return up, down
