@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 CROP_AREA = 0.9
 """Share of the image's area that a centre crop keeps (OpenVLA's random-crop augmentation keeps as much)."""
@@ -24,6 +24,6 @@ def to_pixels(images: np.ndarray, size: int, center_crop: bool, device: torch.de
         top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
         pixels = pixels[..., top : top + height, left : left + width]
     if pixels.shape[-2:] == (size, size):
-        return pixels.float().div_(255)
-    flat = F.interpolate(pixels.flatten(0, 1).float(), (size, size), mode="bicubic", antialias=True)
-    return flat.round_().clamp_(0, 255).div_(255).unflatten(0, pixels.shape[:2])
+        return pixels.contiguous().float().div_(255)
+    flat = functional.interpolate(pixels.flatten(0, 1).float(), (size, size), mode="bicubic", antialias=True)
+    return flat.round_().clamp_(0, 255).div_(255).view(*pixels.shape[:3], size, size)

@@ -139,8 +139,8 @@ def _read(kind: Any, values: Mapping[str, Any]) -> Any:
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
-IMAGENET = {"mean": (0.484375, 0.455078125, 0.40625), "std": (0.228515625, 0.2236328125, 0.224609375)}
-HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+IMAGENET_MEAN, IMAGENET_STD = (0.484375, 0.455078125, 0.40625), (0.228515625, 0.2236328125, 0.224609375)
+HALF = (0.5, 0.5, 0.5)
 
 
 def small_config(words: int, bos_token_id: int, norm_stats: NormStats, **changes: Any) -> OpenVLAOFTConfig:
@@ -156,8 +156,8 @@ def small_config(words: int, bos_token_id: int, norm_stats: NormStats, **changes
     default = OpenVLAOFTConfig(
         image_size=64,
         patch_size=16,
-        dino=Tower(width=96, layers=2, heads=3, mlp_width=384, registers=2, **IMAGENET),
-        siglip=Tower(width=96, layers=2, heads=3, mlp_width=384, **HALF),
+        dino=Tower(width=96, layers=2, heads=3, mlp_width=384, mean=IMAGENET_MEAN, std=IMAGENET_STD, registers=2),
+        siglip=Tower(width=96, layers=2, heads=3, mlp_width=384, mean=HALF, std=HALF),
         projector_width=384,
         language=Language(width=160, layers=3, heads=5, key_value_heads=5, mlp_width=384, initializer_range=0.05),
         vocab_size=words + bins,

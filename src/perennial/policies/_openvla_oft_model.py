@@ -3,15 +3,17 @@
 SigLIP and DINOv2 features are fused and projected into the input of a Llama that attends in both directions; all
 action tokens are read from one forward pass.
 
-Not computed at all, because nothing depends on it: the towers' last block, norm and pooling head; the vocabulary outside
-the action bins; and, in the last decoder layer, every position that no action token is read from.
+Not computed at all, because nothing depends on it: the towers' last block, norm and pooling head; the vocabulary
+outside the action bins; and, in the last decoder layer, every position that no action token is read from.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
@@ -40,7 +42,8 @@ class OpenVLAOFTModel(nn.Module):
 
     def forward(self, pixels: Tensor, prompt: Tensor, prompt_mask: Tensor, state: Tensor) -> Tensor:
         """Logits of the action bins, [N, K, bins]; arguments as for `hidden`."""
-        return self.language_model.lm_head(self.hidden(pixels, prompt, prompt_mask, state))
+        logits: Tensor = self.language_model.lm_head(self.hidden(pixels, prompt, prompt_mask, state))
+        return logits
 
     def hidden(self, pixels: Tensor, prompt: Tensor, prompt_mask: Tensor, state: Tensor) -> Tensor:
         """Final hidden states one position before each action slot, [N, K, width].
@@ -78,29 +81,32 @@ class OpenVLAOFTModel(nn.Module):
             bias = bias.expand(-1, 1, mask.shape[1], -1)
         for layer in llama.layers[:-1]:
             hidden = layer(hidden, attention_mask=bias, position_embeddings=(cos, sin), is_causal=False)
-        return llama.norm(_last_layer(llama.layers[-1], hidden, cos, sin, bias, self.tokens))
+        read: Tensor = llama.norm(_last_layer(llama.layers[-1], hidden, cos, sin, bias, self.tokens))
+        return read
 
 
-def _last_layer(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, tokens: int) -> Tensor:
+def _last_layer(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, tokens: int) -> Tensor:
     """A decoder layer evaluated only at the `tokens` positions that are read, [N, tokens, width]."""
     attention = layer.self_attn
     read = slice(-tokens - 1, -1)
 
     def heads(x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
 
     normed = layer.input_layernorm(hidden)
     query = _rotate(heads(attention.q_proj(normed[:, read])), cos[:, read], sin[:, read])
     key = _rotate(heads(attention.k_proj(normed)), cos, sin)
     value = heads(attention.v_proj(normed))
-    mixed = F.scaled_dot_product_attention(
+    mixed = functional.scaled_dot_product_attention(
         query,
-        key.repeat_interleave(attention.num_key_value_groups, dim=1) if attention.num_key_value_groups > 1 else key,
-        value.repeat_interleave(attention.num_key_value_groups, dim=1) if attention.num_key_value_groups > 1 else value,
+        key,
+        value,
         attn_mask=None if bias is None else bias[:, :, read],
+        enable_gqa=attention.num_key_value_groups > 1,
     )
     hidden = hidden[:, read] + attention.o_proj(mixed.transpose(1, 2).flatten(2))
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    out: Tensor = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return out
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -153,7 +159,8 @@ class Projector(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., fused width] -> [..., language width]."""
-        return self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(features)))))
+        out: Tensor = self.fc3(functional.gelu(self.fc2(functional.gelu(self.fc1(features)))))
+        return out
 
 
 class ProprioProjector(nn.Module):
@@ -166,7 +173,8 @@ class ProprioProjector(nn.Module):
 
     def forward(self, state: Tensor) -> Tensor:
         """[N, S] -> [N, language width]."""
-        return self.fc2(F.gelu(self.fc1(state)))
+        out: Tensor = self.fc2(functional.gelu(self.fc1(state)))
+        return out
 
 
 def _llama(config: OpenVLAOFTConfig) -> LlamaConfig:

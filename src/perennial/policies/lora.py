@@ -8,9 +8,9 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -191,13 +191,14 @@ def fingerprint(model: nn.Module) -> str:
     for name, parameter in sorted((base_name(n), p) for n, p in model.named_parameters() if ".lora_" not in n):
         values = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(np.ascontiguousarray(values.numpy()))
+        digest.update(values.numpy().data)
     return f"sha256:{digest.hexdigest()}"
 
 
-def _peft():  # noqa: ANN202 - a lazily imported module
+def _peft() -> ModuleType:
     try:
         import peft
     except ModuleNotFoundError as error:
         raise PerennialError(f"Adapters need {error.name}; install it with pip install 'perennial[vla]'.") from error
-    return peft
+    module: ModuleType = peft
+    return module

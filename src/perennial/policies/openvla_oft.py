@@ -47,8 +47,8 @@ GROUP_OF_MODULE = {
 class OpenVLAOFT(Policy):
     """A fused-vision Llama that decides a chunk of actions at once.
 
-    Each of the `config.chunk` actions is held for `config.hold` environment steps, so C = chunk x hold; the K = chunk x D
-    tokens are ordered by action, then by dimension.
+    Each of the `config.chunk` actions is held for `config.hold` environment steps, so C = chunk x hold; the
+    K = chunk x D tokens are ordered by action, then by dimension.
     """
 
     name: ClassVar[str] = "openvla_oft"
@@ -104,7 +104,8 @@ class OpenVLAOFT(Policy):
         windows = actions.reshape(len(actions), config.chunk, config.hold, config.action_dim).mean(2, dtype=np.float64)
         unit = np.clip(_normalise(windows, config.norm_stats.action), -1, 1)
         bins = np.digitize(unit, np.linspace(-1, 1, config.action_bins)) - 1
-        return (config.action_bins - 1 - bins).reshape(len(actions), config.tokens)
+        sample: np.ndarray = config.action_bins - 1 - bins
+        return sample.reshape(len(actions), config.tokens)
 
     def decode(self, sample: np.ndarray) -> np.ndarray:
         """Actions float32 [N, C, D] that the tokens `sample` [N, K] stand for."""
@@ -117,9 +118,11 @@ class OpenVLAOFT(Policy):
 
     def _logits(self, observation: Observation) -> Tensor:
         config, device = self.config, self.device
-        if observation.images.shape[1] != config.views:
+        views = observation.images.shape[1]
+        if views != config.views:
             raise PerennialError(
-                f"The policy looks through {config.views} cameras, but the observation has {observation.images.shape[1]}."
+                f"The policy looks through {config.views} cameras, but the observation has {views}; "
+                "choose a checkpoint that was trained on this suite."
             )
         prompt, mask = _tokenizer.tokenize(
             self.tokenizer, observation.instructions, config.bos_token_id, config.max_prompt_length
