@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perennial.errors import PerennialError
-from perennial.storage.atomic import explained, fsync
+from perennial.storage.atomic import explained, fsync, write_bytes
 
 
 @dataclass(frozen=True)
@@ -44,33 +44,31 @@ class JsonLines:
         Raises:
             PerennialError: a line is no JSON.
         """
-        if not self.path.exists():
-            return []
-        lines = self.path.read_bytes().split(b"\n")[:-1]
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise PerennialError(f"{self.path} is damaged in line {number}; restore it from a copy.") from None
-        return rows
+        return self._parse(self.path.read_bytes()) if self.path.exists() else []
 
     def size(self) -> int:
         """Length in bytes; 0 if there is no file."""
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def truncate(self, size: int) -> None:
-        """Forget everything after the first `size` bytes.
+    def rewind(self, size: int, keep: Callable[[Mapping[str, Any]], bool] = lambda row: False) -> None:
+        """Forget the lines after the first `size` bytes, but for those to `keep`.
 
         Raises:
-            PerennialError: the file is shorter than that.
+            PerennialError: the file is shorter than that, or a line is no JSON.
         """
         if self.size() < size:
             raise PerennialError(
-                f"{self.path} has {self.size()} bytes, but the last commit was made when it had {size}; "
+                f"{self.path} has {self.size()} bytes, but had {size} when the latest commit was made; "
                 "restore it from a copy."
             )
-        if self.path.exists():
-            with explained(self.path), self.path.open("r+b") as file:
-                file.truncate(size)
-                os.fsync(file.fileno())
+        if self.size() > size:
+            content = self.path.read_bytes()
+            kept = [json.dumps(row).encode() + b"\n" for row in self._parse(content[size:]) if keep(row)]
+            write_bytes(self.path, content[:size] + b"".join(kept))
+
+    def _parse(self, content: bytes) -> list[dict[str, Any]]:
+        """The objects in all complete lines of `content`."""
+        try:
+            return [json.loads(line) for line in content.split(b"\n")[:-1]]
+        except ValueError:
+            raise PerennialError(f"{self.path} is damaged: a line is not JSON; restore it from a copy.") from None

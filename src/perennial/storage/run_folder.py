@@ -9,19 +9,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import functools
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Literal, Self, TextIO
 
 import perennial
 from perennial.errors import PerennialError
-from perennial.storage import atomic
-from perennial.storage.cells import Cell, cell_path, read_cell, write_cell
+from perennial.storage import atomic, lock
+from perennial.storage.cells import Cell, Outcome, read_cell, read_cells, write_cell
 from perennial.storage.logs import JsonLines
 
 FORMAT = 1
@@ -34,31 +33,29 @@ class Commit:
 
     Attributes:
         number: counts the commits of the run from 1.
-        folder: holds the adapter, the optimiser and the strategy.
+        path: of the folder with the adapter, the optimiser and the strategy.
         state: what was given to `RunFolder.commit`, with the lengths of the logs under "log_bytes".
         warning: a sentence if newer commits are damaged and were passed over, otherwise empty.
     """
 
     number: int
-    folder: Path
+    path: Path
     state: dict[str, Any]
     warning: str = ""
 
 
 class RunFolder:
-    """One run on disk; `create` and `resume` lock it for writing until it is closed, `open` only reads.
+    """One run on disk; `create` and `open_locked` lock it for writing until it is closed, `open` only reads.
 
     Attributes:
         path: of the folder.
-        metrics, timings: the two logs.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics = JsonLines(path / "metrics.jsonl")
-        self.timings = JsonLines(path / "timings.jsonl")
+        self._logs = {name: JsonLines(path / f"{name}.jsonl") for name in ("metrics", "timings")}
         self._lock: TextIO | None = None
-        self._newest: int | None = None
+        self._newest = 0
 
     @classmethod
     def create(cls, path: Path, preset: str, config: Mapping[str, Any], environment: Mapping[str, Any]) -> Self:
@@ -70,7 +67,7 @@ class RunFolder:
         with atomic.explained(path):
             path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
-        run._acquire()
+        run._lock = lock.acquire(path)
         try:
             atomic.clean(path)
             if any(child.name != ".lock" for child in path.iterdir()):
@@ -90,27 +87,32 @@ class RunFolder:
         """Look at a run, also while another process writes it.
 
         Raises:
-            PerennialError: it is no run folder, or one of a newer Perennial.
+            PerennialError: it is no run folder, or one of another format.
         """
         run = cls(path)
-        if run.description.get("format") != FORMAT:
+        if run.header.get("format") != FORMAT or not isinstance(run.header.get("config"), dict):
             raise PerennialError(
-                f"{path} has run format {run.description.get('format')}, but this Perennial reads format {FORMAT}; "
-                "use the version that wrote it."
+                f"{path / 'run.json'} has format {run.header.get('format')}, but this Perennial reads format {FORMAT} "
+                "with a config; use the version that wrote it, or restore it from a copy."
             )
         return run
 
     @classmethod
-    def resume(cls, path: Path) -> Self:
-        """Open a run for writing and remove what interrupted writes left behind.
+    def open_locked(cls, path: Path) -> Self:
+        """Open a run to go on with it from `latest()`.
+
+        What interrupted writes left behind is removed, and what was logged after the latest commit is forgotten, as
+        it will be done again. Timings of evaluations stay, because cells that were evaluated are not played again.
 
         Raises:
-            PerennialError: it is no run folder, or another process writes there.
+            PerennialError: it is no run folder, another process writes there, all commits are damaged, or run.json
+                was changed after the run began.
         """
         run = cls.open(path)
-        run._acquire()
+        run._lock = lock.acquire(path)
         try:
             atomic.clean(path)
+            run._rewind()
         except BaseException:
             run.close()
             raise
@@ -128,9 +130,13 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    @property
-    def description(self) -> dict[str, Any]:
-        """The content of run.json: format, perennial, preset, config, environment."""
+    @functools.cached_property
+    def header(self) -> dict[str, Any]:
+        """The content of run.json: format, perennial, preset, config, environment.
+
+        Raises:
+            PerennialError: it is missing or damaged.
+        """
         path = self.path / "run.json"
         try:
             content = json.loads(path.read_bytes())
@@ -145,13 +151,21 @@ class RunFolder:
             pass
         raise PerennialError(f"{path} is damaged: it is not a JSON object; restore it from a copy.")
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The run's configuration as JSON."""
-        config = self.description.get("config")
-        if not isinstance(config, dict):
-            raise PerennialError(f"{self.path / 'run.json'} is damaged: it has no config; restore it from a copy.")
-        return config
+    def log(self, name: Literal["metrics", "timings"], row: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl or timings.jsonl and flush it to the disk.
+
+        Raises:
+            PerennialError: a number is NaN or infinite, or the disk does not take the line.
+        """
+        self._logs[name].append(row)
+
+    def rows(self, name: Literal["metrics", "timings"]) -> list[dict[str, Any]]:
+        """All complete lines of metrics.jsonl or timings.jsonl.
+
+        Raises:
+            PerennialError: a line is no JSON.
+        """
+        return self._logs[name].rows()
 
     def commit(self, write: Callable[[Path], None], state: Mapping[str, Any]) -> Path:
         """Add a commit with the tensors that `write(folder)` saves and the JSON `state`; keep the last two.
@@ -159,11 +173,8 @@ class RunFolder:
         Raises:
             PerennialError: the disk is full or read-only; the former commits are intact.
         """
-        if self._newest is None:
-            commit = self.latest()
-            self._newest = commit.number if commit else 0
         number = self._newest + 1
-        log_bytes = {log.path.name: log.size() for log in (self.metrics, self.timings)}
+        log_bytes = {name: log.size() for name, log in self._logs.items()}
         full_state = {**state, "log_bytes": log_bytes, "run_sha256": atomic.sha256(self.path / "run.json")}
 
         def write_all(folder: Path) -> None:
@@ -199,12 +210,60 @@ class RunFolder:
             raise PerennialError(f"{damage} There is no older commit to go on from.")
         return None
 
-    def rewind(self) -> Commit | None:
-        """The newest whole commit, with both logs cut back to the lengths they had then.
+    def save_task(self, index: int, name: str, write: Callable[[Path], None]) -> Path:
+        """Keep what `write(folder)` saves as the policy after the `index`-th task, counted from 1.
 
         Raises:
-            PerennialError: all commits are damaged, or run.json was changed since.
+            PerennialError: the disk is full or cannot be written.
         """
+        folder = self._task(index, name)
+        atomic.commit_folder(folder, write)
+        return folder
+
+    def task(self, index: int, name: str) -> Path:
+        """The folder that `save_task` made.
+
+        Raises:
+            PerennialError: it is missing or damaged.
+        """
+        atomic.verify(self._task(index, name))
+        return self._task(index, name)
+
+    def write_cell(self, cell: Cell, successes: Sequence[bool | int], env_steps: Sequence[int]) -> None:
+        """Keep one evaluated cell of the success matrix.
+
+        Args:
+            cell: which one.
+            successes, env_steps: of the episodes, in the order of the evaluation initial states.
+
+        Raises:
+            PerennialError: the disk is full or cannot be written.
+        """
+        write_cell(self._evaluations, cell, Outcome(tuple(map(int, successes)), tuple(map(int, env_steps))))
+
+    def cell(self, cell: Cell) -> Outcome | None:
+        """The outcome of one cell; None if it was not evaluated or its file is damaged."""
+        return read_cell(self._evaluations, cell)
+
+    def has_cell(self, cell: Cell) -> bool:
+        """Whether the cell was evaluated and its file is whole."""
+        return self.cell(cell) is not None
+
+    def cells(self) -> dict[Cell, Outcome]:
+        """All cells whose files are whole, ordered by path."""
+        return dict(read_cells(self._evaluations))
+
+    @staticmethod
+    def free_path(name: str, root: Path = Path("runs")) -> Path:
+        """The first of `runs/NAME`, `runs/NAME-2`, `runs/NAME-3` and so on that does not exist."""
+        path, number = root / name, 1
+        while path.exists():
+            number += 1
+            path = root / f"{name}-{number}"
+        return path
+
+    def _rewind(self) -> None:
+        """Cut both logs back to the latest commit."""
         commit = self.latest()
         if commit is not None and commit.state["run_sha256"] != atomic.sha256(self.path / "run.json"):
             raise PerennialError(
@@ -212,44 +271,16 @@ class RunFolder:
                 "undo the change or start a new run."
             )
         self._newest = commit.number if commit else 0
-        for log in (self.metrics, self.timings):
-            log.truncate(commit.state["log_bytes"][log.path.name] if commit else 0)
-        return commit
+        sizes = commit.state["log_bytes"] if commit else dict.fromkeys(self._logs, 0)
+        self._logs["metrics"].rewind(sizes["metrics"])
+        self._logs["timings"].rewind(sizes["timings"], keep=lambda row: row.get("event") == "evaluation")
 
-    def commit_task(self, index: int, name: str, write: Callable[[Path], None]) -> Path:
-        """Keep what `write(folder)` saves (`adapter/`) as the policy after the `index`-th task, counted from 1."""
-        folder = self.path / "tasks" / f"{index:02d}-{name}"
-        atomic.commit_folder(folder, write)
-        return folder
+    @property
+    def _evaluations(self) -> Path:
+        return self.path / "evaluations"
 
-    def task_adapter(self, index: int, name: str) -> Path:
-        """The PEFT folder of the policy after the `index`-th task.
-
-        Raises:
-            PerennialError: it is missing or damaged.
-        """
-        folder = self.path / "tasks" / f"{index:02d}-{name}"
-        atomic.verify(folder)
-        return folder / "adapter"
-
-    def write_cell(self, cell: Cell) -> None:
-        """Keep one evaluated cell of the success matrix."""
-        write_cell(self.path / "evaluations", cell)
-
-    def cell(self, row: int, decoder: str, variant: str, task: str) -> Cell | None:
-        """One cell, None if it was not evaluated or its file is damaged."""
-        evaluations = self.path / "evaluations"
-        return read_cell(evaluations, cell_path(evaluations, row, decoder, variant, task))
-
-    def has_cell(self, row: int, decoder: str, variant: str, task: str) -> bool:
-        """Whether the cell was evaluated and its file is whole."""
-        return self.cell(row, decoder, variant, task) is not None
-
-    def cells(self) -> list[Cell]:
-        """All cells whose files are whole, ordered by path."""
-        evaluations = self.path / "evaluations"
-        read = (read_cell(evaluations, path) for path in sorted(evaluations.glob("*/*/*/*.json")))
-        return [cell for cell in read if cell is not None]
+    def _task(self, index: int, name: str) -> Path:
+        return self.path / "tasks" / f"{index:02d}-{name}"
 
     def _commit(self, number: int) -> Path:
         return self.path / "commits" / f"{number:06d}"
@@ -257,38 +288,3 @@ class RunFolder:
     def _numbers(self) -> list[int]:
         """Numbers of the commit folders, whole or not, ascending."""
         return sorted(int(folder.name) for folder in (self.path / "commits").glob("[0-9]*") if folder.name.isdigit())
-
-    def _acquire(self) -> None:
-        """Lock the folder; the kernel gives the lock back when this process ends, however it ends."""
-        path = self.path / ".lock"
-        with atomic.explained(path):
-            file = path.open("a+", encoding="utf-8")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "unknown"
-                file.close()
-                raise PerennialError(
-                    f"Process {holder} is writing to {self.path}; wait for it or stop it, then try again."
-                ) from None
-            file.truncate(0)
-            file.write(f"{os.getpid()}\n")
-            file.flush()
-        self._lock = file
-
-
-def default_path(preset: str, seed: int, root: Path = Path("runs")) -> Path:
-    """The first free one of `runs/PRESET-seedSEED`, `runs/PRESET-seedSEED-2`, and so on."""
-    path, number = root / f"{preset}-seed{seed}", 1
-    while path.exists():
-        number += 1
-        path = root / f"{preset}-seed{seed}-{number}"
-    return path
-
-
-def new_cell(
-    row: int, decoder: str, variant: str, task: str, successes: Sequence[bool], env_steps: Sequence[int]
-) -> Cell:
-    """A cell from the outcomes of the episodes, in the order of the evaluation initial states."""
-    return Cell(row, decoder, variant, task, tuple(map(int, successes)), tuple(map(int, env_steps)))
