@@ -277,7 +277,7 @@ def diagnose(runs: Path = Path("runs")) -> list[Check]:
 
 
 def describe_machine() -> dict[str, str | int | None]:
-    """What a run's numbers were made with: versions, processor, cores, memory, GPU. Nothing that changes by the hour."""
+    """Versions and hardware that a run's numbers were made with; nothing that changes by the hour."""
     import psutil
     import torch
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -106,6 +109,27 @@ def understood(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_relative_link_leads_somewhere(page):
     targets = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+EXAMPLES = [
+    pytest.param(fence[1], id=f"{page.name}:{text.count(chr(10), 0, fence.start()) + 1}")
+    for page in PAGES
+    if page.exists()
+    for text in [page.read_text(encoding="utf-8")]
+    for fence in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_python_example_parses_and_imports_what_exists(example):
+    for node in ast.walk(ast.parse(example)):
+        if isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                assert importlib.util.find_spec(alias.name), alias.name
 
 
 SAMPLE = """
