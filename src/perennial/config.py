@@ -135,7 +135,8 @@ def validate(config: Config) -> Config:
     checkpoint_folder(config.policy.checkpoint)
     if not config.recipe:
         raise PerennialError("The recipe has no stage; choose at least one, for example --recipe grpo.")
-    for part in (*config.recipe, *config.strategies):
+    parts: tuple[Objective | Strategy, ...] = (*config.recipe, *config.strategies)
+    for part in parts:
         for method in sorted(part.requires()):
             if getattr(policy, method) is getattr(Policy, method):
                 raise PerennialError(

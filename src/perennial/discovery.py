@@ -13,8 +13,11 @@ import importlib.util
 import pkgutil
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 from perennial.errors import unknown
+
+Kind = TypeVar("Kind")
 
 ROOMS = {
     "suites": "suite",
@@ -62,7 +65,7 @@ def describe(path: str) -> str:
     return docstring.partition("\n")[0]
 
 
-def find(room: str, name: str, base: type) -> type:
+def find(room: str, name: str, base: type[Kind]) -> type[Kind]:
     """The class derived from `base` that the module `name` in `room` defines itself."""
     module = load(room, name)
     for value in vars(module).values():

@@ -8,9 +8,10 @@ random streams, and the result is the same bit for bit.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ import torch
 from perennial import config as configuration
 from perennial import faults, overrides
 from perennial.config import Config
-from perennial.doctor import describe_machine
-from perennial.evaluation.evaluate import Cell, evaluate, film
+from perennial.machine import describe_machine
+from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.stage import Iteration, learn
 from perennial.policies._learned import save_learned
 from perennial.reports import page, video
@@ -83,7 +84,8 @@ def _learn_phase(session: Session, phase: int) -> None:
     session.optimizer = None
     for task in tasks:
         session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, task))
-    session.folder.save_task(phase + 1, _label(names), functools.partial(save_learned, session.policy))
+    base = config.policy.checkpoint
+    session.folder.save_task(phase + 1, _label(names), lambda target: save_learned(session.policy, target, base))
     session.commit(Cursor(phase + 1))
 
 
@@ -100,7 +102,8 @@ def _finish_iteration(session: Session, phase: int, stage: int, total: int, done
             f"[yellow]No learning signal: all {done.episodes} episodes of {label} ended alike, so nothing was learned in "
             "this iteration. Check what the base checkpoint can do with `perennial evaluate`.[/yellow]"
         )
-    session.folder.log("metrics", {"event": "iteration", "task": label, **place, "objective": objective, **played, **done.metrics})
+    row = {"event": "iteration", "task": label, **place, "objective": objective, **played, **done.metrics}
+    session.folder.log("metrics", row)
     session.folder.log("timings", {"event": "iteration", **place, **seconds})
     session.commit(Cursor(phase, stage, done.number + 1))
 
@@ -109,14 +112,11 @@ def _collect(session: Session, phase: int, task: Task, count: int) -> list[Traje
     """Play `count` sampled episodes of the task just learned, for a strategy's memory."""
     session.workers.broadcast(session.policy.acting_weights())
     temperature = session.config.evaluation.temperature
-    return session.workers.collect(
-        [
-            Episode(task.name, "id", "training", i, task.instructions[i % len(task.instructions)], temperature,
-                    ("after", phase, task.name, i), group=i)
-            for i in range(count)
-        ],
-        session.display.episode,
-    )
+    episodes = [
+        Episode(task.name, "id", "training", i, words, temperature, ("after", phase, task.name, i), group=i)
+        for i, words in zip(range(count), itertools.cycle(task.instructions), strict=False)
+    ]
+    return session.workers.collect(episodes)
 
 
 def _evaluate_row(session: Session, row: int) -> None:
@@ -129,15 +129,15 @@ def _evaluate_row(session: Session, row: int) -> None:
         begun = time.monotonic()
         session.display.begin(f"evaluating {cell.task} ({cell.decoder})")
         task = session.suite.tasks[cell.task]
-        weights = session.strategies.policy_for(task, session.policy)
-        played = evaluate(
-            cell, task, weights, session.workers, config.episodes, config.temperature, session.display.episode
-        )
+        session.workers.broadcast(session.strategies.policy_for(task, session.policy))
+        temperature = config.temperature if cell.decoder == "sampled" else 0.0
+        episodes = evaluation_episodes(task, cell.variant, config.episodes, temperature)
+        played = session.workers.collect(episodes, session.display.episode)
         faults.point("evaluate")
-        session.folder.write_cell(cell, [t.success for t in played], [int(t.steps.sum()) for t in played])
-        session.folder.log("timings", {"event": "evaluation", "row": row, "decoder": cell.decoder, "episodes": len(played),
-                                       "env_steps": sum(int(t.steps.sum()) for t in played),
-                                       "seconds": time.monotonic() - begun})
+        steps = [int(t.steps.sum()) for t in played]
+        session.folder.write_cell(cell, [t.success for t in played], steps)
+        figures = {"episodes": len(played), "env_steps": sum(steps), "seconds": time.monotonic() - begun}
+        session.folder.log("timings", {"event": "evaluation", **asdict(cell), **figures})
         session.stop_if_asked()
     if config.film and row in (0, len(session.config.phases)):
         for name in (*session.config.tasks.trained, *session.config.tasks.held_out):
@@ -150,8 +150,9 @@ def _film(session: Session, row: int, task: Task) -> None:
     target = session.folder.path / "videos" / f"{row:02d}" / f"{task.name}.mp4"
     if not target.exists():
         session.display.begin(f"filming {task.name}")
-        weights = session.strategies.policy_for(task, session.policy)
-        played = film(task, weights, session.workers, session.config.evaluation.film)
+        session.workers.broadcast(session.strategies.policy_for(task, session.policy))
+        episode = replace(evaluation_episodes(task, "id", 1, 0.0)[0], film=session.config.evaluation.film)
+        played = session.workers.collect([episode])[0]
         video.encode(played.frames, target, fps=20)
 
 

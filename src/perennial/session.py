@@ -12,7 +12,6 @@ from perennial import config as configuration
 from perennial import discovery
 from perennial.config import Config
 from perennial.display import Display
-from perennial.evaluation.evaluate import Cell
 from perennial.interrupt import Interrupted, TwoStageInterrupt
 from perennial.learning.base import Objective
 from perennial.learning.optimizer import build_optimizer
@@ -20,6 +19,7 @@ from perennial.policies._learned import load_learned, save_learned
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.rollout.workers import Cast, Workers, start_workers
+from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
 from perennial.storage.tensors import load_optimizer, load_tensors, save_optimizer, save_tensors
 from perennial.strategies._composition import Strategies
@@ -62,7 +62,7 @@ class Session:
         """Make the present state what a resumed run starts from; stop here if that was asked for."""
 
         def write(target: Path) -> None:
-            save_learned(self.policy, target)
+            save_learned(self.policy, target, self.config.policy.checkpoint)
             save_tensors(self.strategies.state_dict(), target / "strategy.safetensors")
             if self.optimizer is not None:
                 save_optimizer(self.optimizer, self.policy.trainable(), target / "optimizer.safetensors")

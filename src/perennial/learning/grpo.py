@@ -55,7 +55,7 @@ class GRPO(Objective):
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """`groups` x `group_size` episodes; groups are dealt to `tasks` and initial states in turn."""
         iteration = int(key[-1])
-        episodes = []
+        episodes: list[Episode] = []
         for group in range(self.groups):
             task = tasks[group % len(tasks)]
             turn = iteration * self.groups + group

@@ -97,6 +97,14 @@ class OpenVLAOFTConfig:
     center_crop: bool = False
     max_prompt_length: int = 128
 
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.dino.mlp_width % self.dino.width:
+            raise ValueError(f"dino.mlp_width {self.dino.mlp_width} is not a multiple of its width {self.dino.width}")
+        if self.use_proprio and self.norm_stats.proprio is None:
+            raise ValueError("use_proprio needs norm_stats.proprio")
+
     @property
     def action_dim(self) -> int:
         """D, numbers per action."""

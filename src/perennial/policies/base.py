@@ -137,6 +137,18 @@ class Policy(ABC):
         raise NotImplementedError(f"{self.name} has no value head")
 
     @classmethod
+    def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
+        """A small new policy with random weights, for pretraining from scratch.
+
+        Args:
+            sentences: all that it must be able to read.
+            actions: float32 [L, D], from which action statistics are taken.
+            states: float32 [L, S], from which proprioception statistics are taken.
+            seed: names the random weights.
+        """
+        raise NotImplementedError(f"{cls.name} starts from a published checkpoint")
+
+    @classmethod
     @abstractmethod
     def load(cls, folder: Path) -> Self:
         """Load a base checkpoint.
@@ -146,8 +158,13 @@ class Policy(ABC):
         """
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write a base checkpoint: config.json, model.safetensors and what the processor needs."""
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """Write a base checkpoint: config.json, model.safetensors and what the processor needs.
+
+        Args:
+            folder: created where needed.
+            dtype: of the stored weights; None keeps theirs.
+        """
 
     def acting_weights(self) -> dict[str, Tensor]:
         """Detached copies of the weights to act with, by base parameter name, adapter merged in.

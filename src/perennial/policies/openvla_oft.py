@@ -69,6 +69,15 @@ class OpenVLAOFT(Policy):
             torch.manual_seed(integer_seed(seed, "policy"))
             return cls(config, tokenizer, _network(config))
 
+    @classmethod
+    def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
+        """The small default with random weights; see `Policy.fresh`."""
+        tokenizer = train_tokenizer(sentences)
+        stats = NormStats(_quantiles(actions), _quantiles(states))
+        return cls.create(
+            small_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(_tokenizer.BOS), stats), tokenizer, seed
+        )
+
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
         """Decide by the inverse of each token's cumulative distribution at K uniform numbers per row."""
         with torch.inference_mode():
@@ -165,6 +174,12 @@ class OpenVLAOFT(Policy):
         (folder / "config.json").write_text(content + "\n")
         self.tokenizer.save(str(folder / "tokenizer.json"))
         write_tensors(folder / "model.safetensors", self.acting_weights(), dtype)
+
+
+def _quantiles(values: np.ndarray) -> Quantiles:
+    """The 1st and 99th percentile of each column of `values` [L, D]."""
+    low, high = np.quantile(values, [0.01, 0.99], axis=0)
+    return Quantiles(tuple(map(float, low)), tuple(map(float, high)))
 
 
 def _network(config: OpenVLAOFTConfig, random: bool = True) -> OpenVLAOFTModel:

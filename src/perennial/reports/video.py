@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from pathlib import Path
 
 import numpy as np
 
 from perennial.errors import PerennialError
+from perennial.storage import atomic
 
 QUALITY = 26
 """x264's constant rate factor: 0 is lossless, 51 the worst; 26 keeps a 256-pixel episode near 100 kB."""
@@ -24,39 +24,28 @@ def encode(frames: np.ndarray, path: Path, fps: int = 20) -> None:
         fps: frames a second.
 
     Raises:
-        PerennialError: the frames have another shape or type, or PyAV is not installed.
+        PerennialError: the frames have another shape or type, PyAV is not installed, or the disk is full.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise PerennialError(
             f"A video needs frames uint8 [F, H, W, 3], all at least 1, not {frames.dtype} {list(frames.shape)}."
         )
-    height, width = frames.shape[1:3]
-    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".mp4")
-    try:
-        _write(even, partial, fps)
-        os.fsync(handle)
-        Path(partial).chmod(0o644)
-        Path(partial).replace(path)
-    finally:
-        os.close(handle)
-        Path(partial).unlink(missing_ok=True)
-
-
-def _write(frames: np.ndarray, path: str, fps: int) -> None:
     try:
         import av
     except ImportError as error:
         raise PerennialError(
             f"Videos need PyAV, which cannot be imported ({error}); install it with: pip install 'perennial[metaworld]'."
         ) from error
-    # One thread: x264's output depends on the number of threads, and a run's files should not depend on the machine.
-    options = {"crf": str(QUALITY), "preset": "slow", "threads": "1", "movflags": "+faststart"}
-    with av.open(path, "w", options={"movflags": "+faststart"}) as container:
+    height, width = frames.shape[1:3]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    film = io.BytesIO()
+    with av.open(film, "w", format="mp4") as container:
+        # One thread: x264's output depends on the number of threads, and a run's files should not depend on the machine.
+        options = {"crf": str(QUALITY), "preset": "slow", "threads": "1"}
         stream = container.add_stream("libx264", rate=fps, options=options)
-        stream.height, stream.width = frames.shape[1:3]
+        stream.height, stream.width = even.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        for picture in frames:
+        for picture in even:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
         container.mux(stream.encode())
+    atomic.write_bytes(path, film.getvalue())

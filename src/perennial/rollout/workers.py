@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
@@ -114,7 +115,7 @@ class InlineWorkers:
 class _Worker:
     """One worker process, seen from the parent."""
 
-    def __init__(self, start: Callable[[Connection], multiprocessing.Process]) -> None:
+    def __init__(self, start: Callable[[Connection], BaseProcess]) -> None:
         self._start = start
         self._restart()
 
@@ -159,10 +160,10 @@ class ProcessWorkers:
         count = config.count or len(os.sched_getaffinity(0))
         self._config = config
         self._flat, _ = flatten(weights)
-        self._flat.share_memory_()
+        self._flat.share_memory_()  # type: ignore[no-untyped-call]
         context = multiprocessing.get_context("spawn")
 
-        def start(connection: Connection) -> multiprocessing.Process:
+        def start(connection: Connection) -> BaseProcess:
             process = context.Process(
                 target=_serve, args=(connection, cast, config.slots, self._flat), daemon=True
             )

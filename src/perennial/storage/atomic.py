@@ -23,6 +23,7 @@ from perennial import faults
 from perennial.errors import PerennialError
 
 MANIFEST = "manifest.json"
+PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>new|former)\.\d+\.partial")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -113,10 +114,10 @@ def clean(root: Path) -> None:
     """
     with explained(root):
         for leftover in list(root.rglob(".*.partial")):
-            name, kind, _, _ = leftover.name.removeprefix(".").rsplit(".", 3)
-            if kind == "former" and not leftover.with_name(name).exists():
-                leftover.rename(leftover.with_name(name))
-            else:
+            parts = PARTIAL.fullmatch(leftover.name)
+            if parts and parts["kind"] == "former" and not leftover.with_name(parts["name"]).exists():
+                leftover.rename(leftover.with_name(parts["name"]))
+            elif parts:
                 _remove(leftover)
 
 

@@ -66,15 +66,15 @@ class RunFolder:
         """
         with atomic.explained(path):
             path.mkdir(parents=True, exist_ok=True)
+        # Killed before run.json was complete, a run leaves these two behind, and has not begun.
+        if any(child.name != ".lock" and not child.name.startswith(".run.json.") for child in path.iterdir()):
+            raise PerennialError(
+                f"The folder {path} is not empty; go on with the run in it by `perennial resume {path}`, "
+                "or choose another folder."
+            )
         run = cls(path)
         run._lock = lock.acquire(path)
         try:
-            atomic.clean(path)
-            if any(child.name != ".lock" for child in path.iterdir()):
-                raise PerennialError(
-                    f"The folder {path} is not empty; go on with the run in it by `perennial resume {path}`, "
-                    "or choose another folder."
-                )
             content = {"format": FORMAT, "perennial": perennial.__version__, "preset": preset}
             atomic.write_json(path / "run.json", content | {"config": config, "environment": environment})
         except BaseException:
@@ -234,7 +234,8 @@ class RunFolder:
 
         Args:
             cell: which one.
-            successes, env_steps: of the episodes, in the order of the evaluation initial states.
+            successes: of the episodes, in the order of the evaluation initial states.
+            env_steps: of the same episodes.
 
         Raises:
             PerennialError: the disk is full or cannot be written.

@@ -61,6 +61,10 @@ class DarkReplay(Replay):
             logits = torch.cat([policy.logits(part).float().cpu() for part in parts])
         return replace(batch, logits=logits.numpy())
 
+    def coefficients(self) -> float:
+        """Sum of the weights of what is replayed."""
+        return self.coefficient + self.label_coefficient
+
     def replay_loss(self, policy: Policy, batch: Batch) -> Tensor:
         """The weighted squared error of the logits and, for DER++, the weighted imitation loss."""
         logits = policy.logits(batch)

@@ -55,9 +55,13 @@ class Replay(Strategy):
     def replay(self, rng: np.random.Generator, size: int) -> Batch | None:
         """`ratio` x `size` kept decisions."""
         rows = round(self.ratio * size)
-        if not self.memories or rows == 0:
+        if not self.memories or rows == 0 or not self.coefficients():
             return None
         return draw([self.memories[task] for task in sorted(self.memories)], rng, rows)
+
+    def coefficients(self) -> float:
+        """Sum of the weights of what is replayed; with 0 nothing is drawn."""
+        return self.coefficient
 
     def replay_loss(self, policy: Policy, batch: Batch) -> Tensor:
         """The imitation loss, weighted."""

@@ -1,5 +1,7 @@
 """Meta-World's simulations, made to start where they are told to and to do no needless work.
 
+Physics, observations of positions and success are those of Meta-World, bit for bit. Left out are rewards for grasping,
+orientations that no expert and no success test reads, and the settling of the hand when an initial state returns.
 Imported only when an environment is built, because it needs the simulator.
 """
 
@@ -7,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import metaworld.policies
 import mujoco
@@ -20,7 +23,23 @@ from perennial.suites._metaworld_variants import CAMERA, VARIANTS
 from perennial.suites._mujoco import HIDDEN_GROUP
 
 _CONSTANT = 0.01  # metres; Meta-World writes constants as reset ranges narrower than this
-_ARM = {"pedestal", "torso", "head", "screen", "controller_box", "pedestal_feet", "right_arm_base_link"}
+_ORIENTED = {"assembly-v3", "box-close-v3", "disassemble-v3", "hammer-v3"}  # success or reward reads a quaternion
+_UNSEEN = {"controller_box", "pedestal_feet", "torso", "pedestal", "right_arm_base_link", "head", "screen"}
+_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+_SETTLED_LIMIT = 10_000  # states of about 1 kB
+
+_settled: dict[tuple[str, str, str, int], np.ndarray] = {}
+"""For each initial state, the state of the physics one control step before the hand has settled."""
+
+
+def _hidden(model: Any, geom: int) -> bool:
+    """Whether policies do not see the geometry: the arm, the housing of the hand and the floor of the room.
+
+    They are three quarters of the triangles and pixels to draw, and carry no information about any task.
+    """
+    body = model.body(model.geom_bodyid[geom]).name
+    housing = body == "right_hand" and model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_MESH
+    return body in _UNSEEN or body.startswith("right_l") or housing or model.geom(geom).name == "floor"
 
 
 @functools.cache
@@ -29,8 +48,7 @@ def compiled(path: str, variant: str) -> Any:
     model = mujoco.MjModel.from_xml_path(path)
     shift = VARIANTS[variant]
     for geom in range(model.ngeom):
-        body = model.body(model.geom_bodyid[geom]).name
-        if body in _ARM or body.startswith("right_l"):
+        if _hidden(model, geom):
             model.geom_group[geom] = HIDDEN_GROUP
     model.cam_pos[model.camera(CAMERA).id] = shift.camera
     for light in (model.light_diffuse, model.light_ambient, model.vis.headlight.diffuse, model.vis.headlight.ambient):
@@ -41,7 +59,13 @@ def compiled(path: str, variant: str) -> Any:
     return model
 
 
-class Simulation:
+if TYPE_CHECKING:
+    _MetaWorldEnv = Any
+else:
+    _MetaWorldEnv = object
+
+
+class Simulation(_MetaWorldEnv):
     """What is changed in a Meta-World environment; mixed in before the environment's own class.
 
     Attributes:
@@ -49,17 +73,18 @@ class Simulation:
     """
 
     observation: np.ndarray
-    model: Any
-    data: Any
 
     def __init__(self, task: str, variant: str) -> None:
         self._task = task
         self._variant = variant
+        self._initial = ("", 0)
         self._settling = True
+        self._views: dict[str, np.ndarray] = {}
         super().__init__()
         self._set_task_called = True
         self._partially_observable = False
         self.__dict__.pop("sawyer_observation_space", None)  # cached while the goal was hidden: it would clip it to 0
+        self._low, self._high = self.sawyer_observation_space.low, self.sawyer_observation_space.high
         self._start = {name: getattr(self.model, name).copy() for name in ("body_pos", "body_quat", "site_pos")}
 
     def _initialize_simulation(self) -> tuple[Any, Any]:
@@ -69,50 +94,106 @@ class Simulation:
 
     def pristine(self) -> Any:
         """A fresh copy of the compiled model."""
-        return copy.copy(compiled(self.fullpath, self._variant))  # type: ignore[attr-defined]
+        return copy.copy(compiled(self.fullpath, self._variant))
 
     def begin(self, split: str, index: int) -> None:
         """Go to initial state `index` of `split`, whatever happened before.
 
         Meta-World resets twice, and the second time starts where the first one has put things. The first time is
-        done here without settling the hand, which would change nothing that lasts.
+        done here without settling the hand, which would leave no trace.
         """
+        self._initial = (split, index)
         for name, value in self._start.items():
             getattr(self.model, name)[:] = value
         for self._settling in (False, True):
             self._rng = stream(0, "initial state", "metaworld", self._task, self._variant, split, index)
             mujoco.mj_resetData(self.model, self.data)
-            self.observation = self.reset_model()  # type: ignore[attr-defined]
-        self.curr_path_length = 0
+            if not self._settling:
+                mujoco.mj_forward(self.model, self.data)  # settling does it too, by moving
+            self.observation = self.reset_model()
         self._prev_obs = self.observation[:18].copy()
         self.observation[18:36] = self._prev_obs
 
     def _reset_hand(self, steps: int = 50) -> None:
-        if self._settling:
-            super()._reset_hand(steps)  # type: ignore[misc]
+        if not self._settling:
+            self.init_tcp = self.tcp_center
+            return
+        key = (self._task, self._variant, *self._initial)
+        if key in _settled:
+            mujoco.mj_setState(self.model, self.data, _settled[key], _STATE)
         else:
-            self.init_tcp = self.tcp_center  # type: ignore[attr-defined]
+            super()._reset_hand(steps - 1)
+            state = np.empty(mujoco.mj_stateSize(self.model, _STATE))
+            mujoco.mj_getState(self.model, self.data, state, _STATE)
+            if len(_settled) >= _SETTLED_LIMIT:
+                _settled.clear()
+            _settled[key] = state
+        super()._reset_hand(1)
 
     def _get_state_rand_vec(self) -> np.ndarray:
-        """A point of the reset space in the shell of the variant.
-
-        The direction is uniform in the scaled cube, the distance uniform in the shell's volume.
-        """
-        space = self._random_reset_space  # type: ignore[attr-defined]
+        """A point of the reset space in the shell of the variant, uniform in the shell's volume."""
+        space = self._random_reset_space
         centre, half = (space.high + space.low) / 2, (space.high - space.low) / 2
         point = self._rng.uniform(-1, 1, len(centre))
         free = half > _CONSTANT / 2
         inner, outer = VARIANTS[self._variant].shell
-        distance = self._rng.uniform(inner ** free.sum(), outer ** free.sum()) ** (1 / max(free.sum(), 1))
-        if free.any():
-            point[free] *= distance / np.abs(point[free]).max()
+        distance = self._rng.uniform(inner ** free.sum(), outer ** free.sum()) ** (1 / free.sum())
+        point[free] *= distance / np.abs(point[free]).max()
         self._last_rand_vec = centre + half * point
         return self._last_rand_vec
 
     def advance(self, action: np.ndarray) -> bool:
-        """One control step; whether the task is solved."""
-        self.observation, _, _, _, info = self.step(action)
-        return bool(info["success"])
+        """One control step with `action`, float32 [4] in [-1, 1]; whether the task is solved."""
+        data = self.data
+        data.mocap_pos[0] = np.clip(data.mocap_pos[0] + action[:3] * self.action_scale, self.mocap_low, self.mocap_high)
+        data.mocap_quat[:] = (1, 0, 1, 0)
+        data.ctrl[:] = (action[3], -action[3])
+        mujoco.mj_step(self.model, data, nstep=self.frame_skip)
+        mujoco.mj_forward(self.model, data)
+        self.observation = np.minimum(np.maximum(self._get_obs(), self._low), self._high)
+        return bool(self.evaluate_state(self.observation, action)[1]["success"])
+
+    def _get_obs(self) -> np.ndarray:
+        now = self._get_curr_obs_combined_no_goal()
+        observation = np.concatenate((now, self._prev_obs, self._get_pos_goal()))
+        self._prev_obs = now
+        return observation
+
+    def _get_curr_obs_combined_no_goal(self) -> np.ndarray:
+        now = np.zeros(18)
+        now[:3] = self.get_body_com("hand")
+        gap = self.get_body_com("rightclaw") - self.get_body_com("leftclaw")
+        now[3] = min(math.sqrt(gap.dot(gap)) / 0.1, 1.0)
+        objects = now[4:].reshape(2, 7)  # position and orientation of each
+        places = self._get_pos_objects().reshape(-1, 3)
+        objects[: len(places), :3] = places
+        if self._task in _ORIENTED:
+            objects[: len(places), 3:] = self._get_quat_objects().reshape(-1, 4)
+        return now
+
+    def get_body_com(self, body_name: str) -> np.ndarray:
+        """The position of a body, float64 [3], a view into the simulation."""
+        if body_name not in self._views:
+            self._views[body_name] = self.data.body(body_name).xpos
+        return self._views[body_name]
+
+    def get_endeff_pos(self) -> np.ndarray:
+        """The position of the hand, float64 [3], a view into the simulation."""
+        return self.get_body_com("hand")
+
+    def _gripper_caging_reward(self, *_: Any, **__: Any) -> float:
+        return 0.0
+
+    def touching_object(self, object_geom_id: int) -> bool:
+        """Whether both fingers press on a geometry."""
+        pairs = self.data.contact.geom
+        touching = (pairs == object_geom_id).any(1)
+        if not touching.any():
+            return False
+        force = self.data.efc_force
+        address = self.data.contact.efc_address
+        pads = (self.data.geom(name).id for name in ("leftpad_geom", "rightpad_geom"))
+        return all(0 < force[address[touching & (pairs == pad).any(1)]].sum() for pad in pads)
 
 
 @functools.cache

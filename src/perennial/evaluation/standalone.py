@@ -1,0 +1,104 @@
+"""Evaluates a finished or unfinished run, or a bare checkpoint, on any tasks: `perennial evaluate`."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from perennial import discovery, overrides
+from perennial.config import Config, checkpoint_folder
+from perennial.errors import PerennialError, unknown
+from perennial.evaluation.evaluate import evaluation_episodes
+from perennial.evaluation.statistics import wilson
+from perennial.policies._learned import load_learned
+from perennial.policies.base import Policy
+from perennial.policies.lora import add_adapter
+from perennial.rollout.workers import Cast, WorkerConfig, start_workers
+from perennial.storage.run_folder import RunFolder
+from perennial.suites.base import Suite
+
+if TYPE_CHECKING:
+    from perennial.cli import Evaluate
+
+
+def evaluate(options: Evaluate, console: Console) -> None:
+    """Play `options.episodes` evaluation episodes of each task and print success rates with 95 % intervals.
+
+    Raises:
+        PerennialError: the folder is neither a run nor a checkpoint, or a task or variant does not exist.
+    """
+    if (options.run / "run.json").is_file():
+        policy, cast, tasks = _from_run(options)
+    else:
+        policy, cast, tasks = _from_checkpoint(options)
+    suite = discovery.find("suites", cast.suite, Suite)()
+    if options.variant not in suite.variants:
+        raise unknown(f"variant in suite {cast.suite!r}", options.variant, suite.variants)
+    for name in options.tasks:
+        if name not in suite.tasks:
+            raise unknown(f"task in suite {cast.suite!r}", name, suite.tasks)
+    rows = []
+    with closing(start_workers(WorkerConfig(), cast, policy.acting_weights())) as workers:
+        for name in track(options.tasks or tasks, "evaluating", console=console, disable=options.json):
+            episodes = evaluation_episodes(suite.tasks[name], options.variant, options.episodes, options.temperature)
+            successes = [t.success for t in workers.collect(episodes)]
+            estimate = wilson(sum(successes), len(successes))
+            rows.append({"task": name, "value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n})
+    if options.json:
+        print(json.dumps({"variant": options.variant, "temperature": options.temperature, "tasks": rows}))
+    else:
+        console.print(_table(rows, options))
+
+
+def _from_run(options: Evaluate) -> tuple[Policy, Cast, tuple[str, ...]]:
+    """The policy of a run after `options.after` tasks."""
+    folder = RunFolder.open(options.run)
+    config: Config = overrides.from_json(Config, folder.header["config"])
+    checkpoint = checkpoint_folder(config.policy.checkpoint)
+    policy = discovery.find("policies", config.policy.name, Policy).load(checkpoint)
+    if options.after > len(config.phases):
+        raise PerennialError(f"--after is {options.after}, but the run has {len(config.phases)} tasks to learn.")
+    learned = _learned_folder(folder, options.after)
+    if learned is not None:
+        if config.policy.adapter is not None:
+            add_adapter(policy, config.policy.adapter, config.seed)
+        load_learned(policy, learned)
+    cast = Cast(config.suite, config.policy.name, checkpoint, options.seed)
+    return policy, cast, (*config.tasks.trained, *config.tasks.held_out)
+
+
+def _learned_folder(folder: RunFolder, after: int) -> Path | None:
+    """Where the weights after `after` tasks lie; None for the base checkpoint."""
+    if after == 0:
+        return None
+    if after < 0:
+        latest = folder.latest()
+        return latest.path if latest else None
+    found = sorted((folder.path / "tasks").glob(f"{after:02d}-*"))
+    if not found:
+        raise PerennialError(f"{folder.path} has not learned task {after} yet; continue it with `perennial resume`.")
+    return found[0]
+
+
+def _from_checkpoint(options: Evaluate) -> tuple[Policy, Cast, tuple[str, ...]]:
+    """A bare base checkpoint."""
+    checkpoint = checkpoint_folder(str(options.run))
+    policy = discovery.find("policies", options.policy, Policy).load(checkpoint)
+    suite = discovery.find("suites", options.suite, Suite)()
+    return policy, Cast(options.suite, options.policy, checkpoint, options.seed), tuple(suite.tasks)
+
+
+def _table(rows: list[dict[str, float | str]], options: Evaluate) -> Table:
+    decoder = "greedy" if options.temperature == 0 else f"sampled at temperature {options.temperature:g}"
+    table = Table(title=f"Success, {options.episodes} episodes a task, {decoder}, variant {options.variant}")
+    for column in ("task", "success", "95 % interval"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(str(row["task"]), f"{row['value']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}")
+    return table

@@ -1,0 +1,182 @@
+"""How sure the numbers are: 95 % intervals for rates and metrics.
+
+One cell has a Wilson score interval. The metrics of one run have a bootstrap over evaluation initial states, paired: a
+resampled state brings its outcomes in all rows with it. Metrics of several runs have a hierarchical bootstrap: runs are
+resampled, and states within each.
+
+A plain bootstrap of 40 successes in 40 episodes gives an interval of width zero. As Agresti and Min (2005, Statistics
+in Medicine 24) do for matched pairs, two pseudo-episodes whose outcomes are fair coin flips, independent in each row,
+are therefore mixed in, shared out among the tasks that are averaged. They move intervals only, never values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perennial.errors import PerennialError
+from perennial.evaluation.metrics import METRICS, Metric
+from perennial.evaluation.success_matrix import SuccessMatrix
+from perennial.randomness import Key, stream
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+PSEUDO_EPISODES = 2.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and how sure it is.
+
+    Attributes:
+        value: as measured; rates are in [0, 1].
+        low, high: 95 % confidence interval.
+        n: evaluation episodes behind a cell or a metric of one run; number of runs behind a metric of several.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+Summary = dict[str, Estimate | None]
+"""By metric: avg, gain, nbt, fwt, zs, zs_gain; None where it is undefined or a cell it needs is missing."""
+
+
+def wilson(successes: int, episodes: int) -> Estimate:
+    """Success rate of one cell with its Wilson score interval (Wilson 1927, JASA 22); `episodes` is at least 1."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, episodes).proportion_ci(CONFIDENCE, method="wilson")
+    return Estimate(successes / episodes, float(interval.low), float(interval.high), episodes)
+
+
+def summary(matrix: SuccessMatrix) -> Summary:
+    """All metrics of one run, with paired bootstrap intervals over evaluation initial states."""
+    resampled = _resampled_rates([matrix], RESAMPLES, ("run",))[0]
+    estimates: Summary = {}
+    for name, metric in METRICS.items():
+        value = _value(metric, matrix)
+        spread = _metric(metric, resampled, matrix)
+        estimates[name] = None if value is None else _estimate(value, spread, _episodes_behind(metric, matrix))
+    return estimates
+
+
+def summary_of_runs(matrices: Sequence[SuccessMatrix]) -> Summary:
+    """Means of all metrics over runs that differ in their seed, with hierarchical bootstrap intervals.
+
+    Few runs give narrow intervals: with three, the spread between runs is itself hardly known.
+
+    Raises:
+        PerennialError: no run is given, or the runs teach or hold out different tasks.
+    """
+    if not matrices:
+        raise PerennialError("There is no run to summarise; give at least one.")
+    if len({(frozenset(m.trained), frozenset(m.held_out)) for m in matrices}) > 1:
+        raise PerennialError("The runs teach different tasks, so their mean says nothing; summarise them separately.")
+    if len(matrices) == 1:
+        return summary(matrices[0])
+    runs = len(matrices)
+    # Every slot of a resample gets its own draw of states, also where two slots hold the same run.
+    resampled = [_resampled_rates([m], RESAMPLES * runs, ("runs", i))[0] for i, m in enumerate(matrices)]
+    chosen = stream(0, "bootstrap", "seeds").integers(runs, size=RESAMPLES * runs)
+    estimates: Summary = {}
+    for name, metric in METRICS.items():
+        values = [value for m in matrices if (value := _value(metric, m)) is not None]
+        if len(values) < runs:
+            estimates[name] = None
+            continue
+        spreads = np.stack([_metric(metric, r, m) for r, m in zip(resampled, matrices, strict=True)])
+        slots = spreads[chosen, np.arange(RESAMPLES * runs)].reshape(RESAMPLES, runs)
+        estimates[name] = _estimate(float(np.mean(values)), slots.mean(axis=1), runs)
+    return estimates
+
+
+def difference(first: SuccessMatrix, second: SuccessMatrix) -> Summary:
+    """`second` minus `first` in every metric, on the tasks and evaluation initial states that both have.
+
+    Resampled states are the same in both runs. AVG and gain are over the common trained tasks, ZS over the common
+    held-out ones; NBT and FWT need both runs to train the same tasks one by one, in whatever order.
+
+    Raises:
+        PerennialError: the runs have no task in common.
+    """
+    trained = [task for task in first.trained if task in second.trained]
+    held_out = [task for task in first.held_out if task in second.held_out]
+    if not trained and not held_out:
+        raise PerennialError(
+            f"The runs have no task in common: one teaches {', '.join(first.trained)}, the other "
+            f"{', '.join(second.trained)}."
+        )
+    episodes = dict(zip(first.tasks, first.episodes().max(axis=0), strict=True))
+    for task, count in zip(second.tasks, second.episodes().max(axis=0), strict=True):
+        episodes[task] = min(count, episodes.get(task, count))
+    pair = [m.restricted(trained, held_out, episodes) for m in (first, second)]
+    resampled = _resampled_rates(pair, RESAMPLES, ("difference",))
+    estimates: Summary = {}
+    for name, metric in METRICS.items():
+        values = [_value(metric, m) for m in pair]
+        if values[0] is None or values[1] is None:
+            estimates[name] = None
+            continue
+        spreads = [_metric(metric, r, m) for r, m in zip(resampled, pair, strict=True)]
+        count = sum(_episodes_behind(metric, m) for m in pair)
+        estimates[name] = _estimate(values[1] - values[0], spreads[1] - spreads[0], count)
+    return estimates
+
+
+def _resampled_rates(matrices: Sequence[SuccessMatrix], resamples: int, key: Key) -> list[np.ndarray]:
+    """Success rates of resampled states, the same states in all rows of all `matrices`: [resamples, rows, tasks] each.
+
+    All matrices have the same columns, in whatever order, and the same number of episodes in each.
+    """
+    rates = [np.full((resamples, len(m.successes), len(m.tasks)), np.nan) for m in matrices]
+    for column, task in enumerate(matrices[0].tasks):
+        averaged = len(matrices[0].trained if column < len(matrices[0].trained) else matrices[0].held_out)
+        places = [
+            (i, row) for i, m in enumerate(matrices) for row in range(len(m.successes)) if task in m.successes[row]
+        ]
+        if not places:
+            continue
+        outcomes = np.stack([matrices[i].successes[row][task] for i, row in places]).astype(float)
+        drawn = _resample(outcomes, resamples, PSEUDO_EPISODES / averaged, stream(0, "bootstrap", *key, task))
+        for (i, row), values in zip(places, drawn.T, strict=True):
+            rates[i][:, row, matrices[i].tasks.index(task)] = values
+    return rates
+
+
+def _resample(outcomes: np.ndarray, resamples: int, pseudo: float, rng: np.random.Generator) -> np.ndarray:
+    """Rates [resamples, rows] of states drawn with replacement from `outcomes` [rows, episodes] and pseudo-episodes."""
+    rows, n = outcomes.shape
+    flips = rng.binomial(n, pseudo / (n + pseudo), size=resamples)
+    counts = rng.multinomial(n - flips, np.full(n, 1 / n))
+    heads = rng.binomial(flips[:, None], 0.5, size=(resamples, rows))
+    return np.asarray((counts @ outcomes.T + heads) / n)
+
+
+def _metric(metric: Metric, rates: np.ndarray, matrix: SuccessMatrix) -> np.ndarray:
+    """`metric` of `rates` [..., rows, tasks], NaN where undefined."""
+    value = metric(rates, len(matrix.trained))
+    return np.full(rates.shape[:-2], np.nan) if value is None else value
+
+
+def _value(metric: Metric, matrix: SuccessMatrix) -> float | None:
+    """`metric` as measured, None where it is undefined or a cell is missing."""
+    value = float(_metric(metric, matrix.rates(), matrix))
+    return None if np.isnan(value) else value
+
+
+def _episodes_behind(metric: Metric, matrix: SuccessMatrix) -> int:
+    """Episodes in the cells that `metric` depends on; as metrics are linear, unit matrices tell which these are."""
+    shape = matrix.rates().shape
+    influence = _metric(metric, np.eye(shape[0] * shape[1]).reshape(-1, *shape), matrix)
+    return int(matrix.episodes().reshape(-1)[influence != 0].sum())
+
+
+def _estimate(value: float, resampled: np.ndarray, n: int) -> Estimate:
+    """`value` with the percentile interval of its resamples, widened to contain it."""
+    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(value, min(float(low), value), max(float(high), value), n)

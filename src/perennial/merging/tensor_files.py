@@ -1,0 +1,180 @@
+"""Reading a safetensors checkpoint of any layout block by block, in constant memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from perennial.errors import PerennialError
+from perennial.merging.state_dicts import BLOCK
+
+INDEX = ".safetensors.index.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that can be merged; all others are read as bytes."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies.
+
+    Attributes:
+        file: that holds it.
+        dtype: in the words of safetensors, for example "BF16".
+        shape: of the tensor.
+        start, stop: byte offsets in the file.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def type(self) -> torch.dtype:
+        """The torch type, uint8 for what cannot be merged."""
+        return DTYPES.get(self.dtype, torch.uint8)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of at most `BLOCK` elements of `type` the tensor has."""
+        return math.ceil((self.stop - self.start) / (BLOCK * self.type.itemsize))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+        path: the folder, or the single file that was asked for.
+        headers: file -> its first bytes up to the data, in the order of the files.
+        entries: tensor name -> where it lies, by file and offset.
+    """
+
+    path: Path
+    headers: Mapping[Path, bytes]
+    entries: Mapping[str, Entry]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files."""
+        return tuple(self.headers)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.stat().st_size for file in self.headers)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers of the checkpoint at `path`.
+
+    Args:
+        path: a safetensors file, or a folder with `*.safetensors.index.json`, `model.safetensors` or one other
+            safetensors file.
+
+    Raises:
+        PerennialError: nothing is there, a file is truncated or is no safetensors file, or the index does not fit.
+    """
+    files, index = _weight_files(path)
+    headers: dict[Path, bytes] = {}
+    entries: dict[str, Entry] = {}
+    for file in files:
+        headers[file], found = _read_header(file)
+        entries |= found
+    if index is not None and {name: entry.file.name for name, entry in entries.items()} != index:
+        raise PerennialError(f"The index of {path} does not name the tensors of its files; copy the checkpoint again.")
+    return Checkpoint(path, headers, entries)
+
+
+def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
+    if path.is_file():
+        return [path], None
+    for index in sorted(path.glob("*" + INDEX)):
+        try:
+            names: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [path / name for name in sorted(set(names.values())) if Path(name).name == name]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise PerennialError(f"{index} is no index of a checkpoint ({error!r}); copy it again.") from error
+        return files, names
+    single = path / "model.safetensors"
+    found = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        what = "no safetensors checkpoint" if not found else f"{len(found)} safetensors files and no index"
+        raise PerennialError(f"There is {what} in {path}; give the folder of a model, or the file itself.")
+    return found, None
+
+
+def _read_header(file: Path) -> tuple[bytes, dict[str, Entry]]:
+    """The bytes before the data and the tensors by offset, checked to cover exactly the rest of the file."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if length > size - 8:
+                raise ValueError(f"it ends after {size} bytes")
+            text = stream.read(length)
+        start = 8 + length
+        entries = {
+            name: Entry(
+                file,
+                info["dtype"],
+                tuple(info["shape"]),
+                start + info["data_offsets"][0],
+                start + info["data_offsets"][1],
+            )
+            for name, info in json.loads(text).items()
+            if name != "__metadata__"
+        }
+    except OSError as error:
+        raise PerennialError(f"{file} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise PerennialError(f"{file} is truncated or no safetensors file ({error}); copy it again.") from error
+    ordered = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)))
+    for name, entry in ordered.items():
+        itemsize = entry.type.itemsize if entry.dtype in DTYPES else None
+        wrong = itemsize and math.prod(entry.shape) * itemsize != entry.stop - entry.start
+        if entry.start != start or entry.stop < start or wrong:
+            raise PerennialError(f"{file} is damaged at the tensor {name}; copy it again.")
+        start = entry.stop
+    if start != size:
+        raise PerennialError(f"{file} has {size} bytes instead of {start}; it is truncated, copy it again.")
+    return prefix + text, ordered
+
+
+class Reader:
+    """Reads blocks of a checkpoint's tensors. Close it after use."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._streams: dict[Path, BinaryIO] = {file: file.open("rb", buffering=0) for file in checkpoint.files}
+        self._buffer = torch.empty(BLOCK * 8, dtype=torch.uint8)
+
+    def block(self, name: str, number: int) -> Tensor:
+        """Elements [number * BLOCK, (number + 1) * BLOCK) of the flattened tensor, valid until the next call.
+
+        Raises:
+            PerennialError: the file has become shorter.
+        """
+        entry = self.checkpoint.entries[name]
+        step = BLOCK * entry.type.itemsize
+        start = entry.start + number * step
+        size = min(step, entry.stop - start)
+        stream = self._streams[entry.file]
+        stream.seek(start)
+        if stream.readinto(memoryview(self._buffer.numpy())[:size]) != size:
+            raise PerennialError(f"{entry.file} has changed while it was read; merge again.")
+        return self._buffer[:size].view(entry.type)
+
+    def close(self) -> None:
+        """Close the files."""
+        for stream in self._streams.values():
+            stream.close()

@@ -1,0 +1,231 @@
+"""The report of one run as one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from perennial.evaluation.statistics import wilson
+from perennial.reports import plots, words
+from perennial.reports.record import Record, percent, read
+from perennial.reports.summary import report
+from perennial.storage import atomic
+from perennial.storage.cells import Outcome
+
+PARTS = {"rollout": "Playing training episodes", "update": "Learning", "evaluation": "Evaluation", "commit": "Saving"}
+VARIANTS = {"ood_val": "shifted versions of the tasks (validation)", "ood_test": "shifted versions of the tasks (test)"}
+FEW_KEPT = 0.5
+"""A task whose updates used fewer of its decisions than this is worth a warning."""
+DIAGNOSTICS = (
+    ("kl", "KL divergence from the acting policy", "KL, nats"),
+    ("clip_fraction", "Share of clipped probability ratios", "share"),
+    ("grad_norm", "Norm of the gradient before clipping", "norm"),
+    ("loss", "Loss", "loss"),
+    ("penalty", "Penalty of the strategy", "penalty"),
+    ("kept", "Share of decisions that were trained on", "share"),
+)
+
+
+def write(folder: Path) -> Path:
+    """Write report/index.html and report/report.json of the run in `folder`, each whole or not at all.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        PerennialError: `folder` is no run folder.
+    """
+    record = read(folder)
+    path = folder / "report" / "index.html"
+    atomic.write_json(path.with_name("report.json"), report(record))
+    atomic.write_text(path, _render(record))
+    return path
+
+
+def render(folder: Path) -> str:
+    """The report of the run in `folder`, finished or not, as one HTML page without scripts or links to elsewhere."""
+    return _render(read(folder))
+
+
+def fill(template: str, **values: Any) -> str:
+    """Fill one of the templates; everything is escaped but the drawings made by `plots`."""
+    loader = PackageLoader("perennial.reports", "templates")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {f.__name__: f for f in (words.points, words.rate, words.interval, words.duration)}
+    style = Markup(loader.get_source(environment, "style.css")[0])  # noqa: S704
+    return environment.get_template(template).render(style=style, metrics=words.METRICS, **values)
+
+
+def _render(record: Record) -> str:
+    figures = report(record)
+    return fill(
+        "report.html.j2",
+        name=record.name,
+        version=record.run["perennial"],
+        report=figures,
+        headline=headline(record, figures),
+        warnings=warnings(record, figures),
+        temperature=record.config["evaluation"]["temperature"],
+        maps=[heat_map(record, variant, decoder) for variant, decoder in record.cells],
+        videos=_videos(record),
+        curves=_learning_curves(record),
+        diagnostics=_diagnostics(record),
+        time=_time(record),
+        commands=_commands(record),
+        environment=[(key, _plain(value)) for key, value in record.run["environment"].items()],
+        config=json.dumps(record.config, indent=2, ensure_ascii=False),
+    )
+
+
+def headline(record: Record, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What was learned, what was forgotten and what is still done untaught, as figures and sentences."""
+    tasks, done = len(record.trained), sum(map(len, record.phases[: max(record.rows - 1, 0)]))
+    taught = words.count(tasks, "task") if record.finished else f"{done} of {words.count(tasks, 'task')}"
+    together = "" if tasks == 1 else ", all together" if len(record.phases) < tasks else ", one after another"
+    untaught = words.untaught(figures, len(record.held_out))
+    return {
+        "title": f"{taught} taught{together}",
+        "tiles": [
+            {"title": "Learned", "estimate": figures["gain"], "sentence": words.learned(figures, tasks), "signed": True},
+            {"title": "Forgotten", "estimate": figures["nbt"], "sentence": words.forgotten(figures), "signed": False},
+            {"title": "Still done untaught", "estimate": figures["zs_gain"], "sentence": untaught, "signed": True},
+        ],
+    }
+
+
+def warnings(record: Record, figures: Mapping[str, Any]) -> list[str]:
+    """What a reader should know before believing the numbers."""
+    found = []
+    for phase, name in enumerate(record.row_names[1:]):
+        lines = [line for line in record.lines(phase) if line.get("kept") is not None]
+        silent = sum(line["kept"] == 0 or line.get("grad_norm") == 0 for line in lines)
+        if silent:
+            found.append(
+                f"No learning signal in {silent} of {words.count(len(lines), 'iteration')} of {name}: "
+                "all episodes of each group ended alike, so these iterations changed nothing."
+            )
+        elif lines and (kept := sum(line["kept"] for line in lines) / len(lines)) < FEW_KEPT:
+            found.append(
+                f"{name}: on average only {100 * kept:.0f}\u00a0% of the decisions were trained on; "
+                "the other groups were dropped because all their episodes ended alike."
+            )
+    gain = figures["gain"]
+    if gain is not None and gain["high"] < 0:
+        found.append("Success on the taught tasks is lower than before any teaching.")
+    return found
+
+
+def heat_map(record: Record, variant: str, decoder: str) -> dict[str, Any]:
+    """The success matrix as the template draws it: rows of cells with rate, interval and tooltip, in percent."""
+    cells = record.cells[variant, decoder]
+    rows = [
+        {
+            "label": name if row == 0 else f"after {name}",
+            "cells": [_heat_cell(record, row, task, cells.get((row, task))) for task in record.tasks],
+        }
+        for row, name in enumerate(record.row_names)
+    ]
+    title = f"{decoder.capitalize()} decoding" + ("" if variant == "id" else f", {VARIANTS.get(variant, variant)}")
+    return {
+        "title": title,
+        "decoder": decoder,
+        "variant": variant,
+        "columns": record.tasks,
+        "trained": len(record.trained),
+        "rows": rows,
+    }
+
+
+def _heat_cell(record: Record, row: int, task: str, outcome: Outcome | None) -> dict[str, Any]:
+    taught = row > 0 and task in record.phases[row - 1]
+    first = len(record.trained) > 0 and task in record.held_out[:1]
+    kind = " ".join(name for name, on in (("taught", taught), ("first", first), ("missing", outcome is None)) if on)
+    if outcome is None:
+        return {"kind": kind, "rate": None}
+    low, high = (100 * bound for bound in wilson(sum(outcome.successes), len(outcome.successes)))
+    solved = f"{sum(outcome.successes)} of {words.count(len(outcome.successes), 'episode')} of {task}"
+    title = f"{solved}, 95\u00a0% interval {words.points(low)} to {words.points(high)}\u00a0%"
+    return {"kind": kind, "rate": percent(outcome), "low": low, "high": high, "n": len(outcome.successes), "title": title}
+
+
+def _videos(record: Record) -> list[dict[str, Any]]:
+    films = []
+    for task in (*record.trained, *record.held_out):
+        paths = record.videos.get(task, {})
+        ends = sorted({min(paths), max(paths)}) if paths else []
+        clips = [
+            {
+                "label": "Before" if row == 0 else f"After {words.count(row, 'task')}",
+                "data": base64.b64encode(paths[row].read_bytes()).decode(),
+            }
+            for row in ends
+        ]
+        if clips:
+            films.append({"task": task, "held_out": task in record.held_out, "clips": clips})
+    return films
+
+
+def _learning_curves(record: Record) -> list[dict[str, Any]]:
+    cells = record.cells[record.variant, record.decoders[0]]
+    drawn = []
+    for phase, name in enumerate(record.row_names[1:]):
+        curve = record.success_curve(phase)
+        base = [percent(cells[0, task]) / 100 for task in record.phases[phase] if (0, task) in cells]
+        if curve:
+            level = sum(base) / len(base) if base else None
+            label = f"Success in training on {name} by iteration"
+            drawn.append({"title": name, "svg": Markup(plots.success_curve(f"success-{phase}", [curve], label, level))})
+    return drawn
+
+
+def _diagnostics(record: Record) -> list[dict[str, Any]]:
+    starts = [i for i, line in enumerate(record.iterations) if i and line["task_index"] != record.iterations[i - 1]["task_index"]]
+    drawn = []
+    for key, title, unit in DIAGNOSTICS:
+        curve = [(float(i), line[key]) for i, line in enumerate(record.iterations) if line.get(key) is not None]
+        if any(value for _, value in curve):
+            svg = plots.quantity_curve(key.replace("_", "-"), curve, f"{title} by iteration", unit, starts)
+            drawn.append({"title": title, "svg": Markup(svg)})
+    return drawn
+
+
+def _time(record: Record) -> dict[str, Any]:
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for line in record.timings:
+        for part in PARTS:
+            seconds[part] += line.get(f"{part}_seconds", 0.0)
+        if line.get("event") == "evaluation":
+            seconds["evaluation"] += line["seconds"]
+    total = sum(seconds.values())
+    steps = sum(line.get("env_steps", 0) for line in (*record.iterations, *record.timings))
+    playing = seconds["rollout"] + seconds["evaluation"]
+    return {
+        "total": total,
+        "parts": [{"name": PARTS[p], "seconds": s, "share": 100 * s / total if total else 0} for p, s in seconds.items()],
+        "env_steps": steps,
+        "speed": steps / playing if playing else 0.0,
+    }
+
+
+def _commands(record: Record) -> list[tuple[str, str]]:
+    run = shlex.quote(record.name)
+    resume = [] if record.finished else [(f"perennial resume {run}", "go on where it stopped")]
+    return [
+        *resume,
+        (f"perennial evaluate {run}", "evaluate it again, or more thoroughly"),
+        (f"perennial compare {run} OTHER_RUN", "set it beside another run"),
+        (f"perennial report {run} --json", "the same figures for a program"),
+    ]
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

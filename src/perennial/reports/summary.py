@@ -1,0 +1,115 @@
+"""The numbers of one run, for programs and for the console; the page shows the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perennial.evaluation.metrics import summary
+from perennial.evaluation.statistics import Estimate
+from perennial.reports import words
+from perennial.reports.record import Record, percent, read
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def report_json(folder: Path) -> dict[str, Any]:
+    """What `perennial report RUN --json` prints.
+
+    Returns:
+        `avg`, `gain`, `nbt`, `fwt`, `zs` and `zs_gain`, each `{value, low, high, n}` in percentage points or None where
+        it is not defined (yet); `matrix` with `rows` (what had just been taught), `columns`, `trained` (how many columns are taught; the others are
+        held out), `rates` in percent of every complete row and `n`, the episodes of a cell; all of them for the main decoder and again for
+        each one under `decoders`; `run`, `seed`, `preset` and `finished`.
+
+    Raises:
+        PerennialError: `folder` is no run folder.
+    """
+    return report(read(folder))
+
+
+def report(record: Record) -> dict[str, Any]:
+    """`report_json` of a run that is already read."""
+    decoders = {decoder: _figures(record, decoder) for decoder in record.decoders}
+    return {
+        "run": record.name,
+        "seed": record.config["seed"],
+        "preset": record.run["preset"],
+        "finished": record.finished,
+        **decoders[record.decoders[0]],
+        "decoders": decoders,
+    }
+
+
+def print_summary(folder: Path, console: Console) -> None:
+    """Print the metrics and the success matrix of the run in `folder` as tables."""
+    from rich.markup import escape
+
+    record = read(folder)
+    figures = report(record)
+    state = "finished" if figures["finished"] else "not finished"
+    console.print(f"[bold]{escape(record.name)}[/bold]  preset {escape(figures['preset'])}, seed {figures['seed']}, {state}")
+    for sentence in (
+        words.learned(figures, len(record.trained)),
+        words.forgotten(figures),
+        words.untaught(figures, len(record.held_out)),
+    ):
+        console.print(f"  {sentence}", highlight=False)
+    console.print(_metrics_table(figures["decoders"]))
+    for decoder in record.decoders:
+        console.print(_matrix_table(figures["decoders"][decoder]["matrix"], decoder))
+
+
+def in_words(estimate: Mapping[str, float] | None, level: bool) -> str:
+    """An estimate with its interval, "+34.3 (28.1 to 40.5)"; a dash where it is not defined."""
+    if estimate is None:
+        return "–"
+    value, low, high = (words.points(estimate[key], signed=not level) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
+def _figures(record: Record, decoder: str) -> dict[str, Any]:
+    """The metrics and the matrix under one decoder, in percentage points."""
+    cells, rows = record.cells[record.variant, decoder], record.rows
+    rates = [[percent(cells[row, task]) for task in record.tasks] for row in range(rows)]
+    estimates = summary(record.matrix(decoder)) if rows else {}
+    figures: dict[str, Any] = {metric.key: _percent(estimates.get(metric.key)) for metric in words.METRICS}
+    figures["matrix"] = {
+        "rows": list(record.row_names[:rows]),
+        "columns": list(record.tasks),
+        "trained": len(record.trained),
+        "rates": rates,
+        "n": record.config["evaluation"]["episodes"],
+    }
+    return figures
+
+
+def _percent(estimate: Estimate | None) -> dict[str, float] | None:
+    if estimate is None:
+        return None
+    value, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
+    return {"value": value, "low": low, "high": high, "n": estimate.n}
+
+
+def _metrics_table(decoders: Mapping[str, Mapping[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table("metric", *decoders, title="Metrics in percentage points, 95 % intervals", title_justify="left")
+    for metric in words.METRICS:
+        table.add_row(metric.name, *(in_words(figures[metric.key], metric.level) for figures in decoders.values()))
+    return table
+
+
+def _matrix_table(matrix: Mapping[str, Any], decoder: str) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = f"Success in %, {decoder}, {matrix['n']} episodes a cell"
+    table = Table("after", title=title, title_justify="left")
+    for index, column in enumerate(matrix["columns"]):
+        table.add_column(escape(column) + ("" if index < matrix["trained"] else " (held out)"), justify="right")
+    for label, rates in zip(matrix["rows"], matrix["rates"], strict=True):
+        table.add_row(escape(label), *("–" if rate is None else words.rate(rate) for rate in rates))
+    return table
