@@ -1,3 +1,4 @@
+import errno
 import sys
 from pathlib import Path
 
@@ -54,12 +55,11 @@ def test_a_failed_encoding_leaves_the_old_video_and_nothing_else(tmp_path, monke
     path = tmp_path / "film.mp4"
     path.write_bytes(b"old")
 
-    def broken(frames, partial, fps):
-        Path(partial).write_bytes(b"half")
-        raise OSError("disk full")
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(video, "_write", broken)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(PerennialError, match="disk is full"):
         video.encode(moving_square(), path)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from perennial.evaluation.statistics import wilson
 from perennial.reports import plots, words
-from perennial.reports.record import Record, percent, read
+from perennial.reports.record import Record, read
 from perennial.reports.summary import report
 from perennial.storage import atomic
-from perennial.storage.cells import Outcome
 
 PARTS = {"rollout": "Playing training episodes", "update": "Learning", "evaluation": "Evaluation", "commit": "Saving"}
 VARIANTS = {"ood_val": "shifted versions of the tasks (validation)", "ood_test": "shifted versions of the tasks (test)"}
@@ -75,7 +75,7 @@ def _render(record: Record) -> str:
         headline=headline(record, figures),
         warnings=warnings(record, figures),
         temperature=record.config["evaluation"]["temperature"],
-        maps=[heat_map(record, variant, decoder) for variant, decoder in record.cells],
+        maps=[heat_map(record, variant, decoder) for variant, decoder in record.matrices],
         videos=_videos(record),
         curves=_learning_curves(record),
         diagnostics=_diagnostics(record),
@@ -88,14 +88,19 @@ def _render(record: Record) -> str:
 
 def headline(record: Record, figures: Mapping[str, Any]) -> dict[str, Any]:
     """What was learned, what was forgotten and what is still done untaught, as figures and sentences."""
-    tasks, done = len(record.trained), sum(map(len, record.phases[: max(record.rows - 1, 0)]))
+    tasks, done = len(record.trained), sum(map(len, record.phases[: record.phases_done]))
     taught = words.count(tasks, "task") if record.finished else f"{done} of {words.count(tasks, 'task')}"
     together = "" if tasks == 1 else ", all together" if len(record.phases) < tasks else ", one after another"
     untaught = words.untaught(figures, len(record.held_out))
     return {
         "title": f"{taught} taught{together}",
         "tiles": [
-            {"title": "Learned", "estimate": figures["gain"], "sentence": words.learned(figures, tasks), "signed": True},
+            {
+                "title": "Learned",
+                "estimate": figures["gain"],
+                "sentence": words.learned(figures, tasks),
+                "signed": True,
+            },
             {"title": "Forgotten", "estimate": figures["nbt"], "sentence": words.forgotten(figures), "signed": False},
             {"title": "Still done untaught", "estimate": figures["zs_gain"], "sentence": untaught, "signed": True},
         ],
@@ -126,35 +131,34 @@ def warnings(record: Record, figures: Mapping[str, Any]) -> list[str]:
 
 def heat_map(record: Record, variant: str, decoder: str) -> dict[str, Any]:
     """The success matrix as the template draws it: rows of cells with rate, interval and tooltip, in percent."""
-    cells = record.cells[variant, decoder]
-    rows = [
-        {
-            "label": name if row == 0 else f"after {name}",
-            "cells": [_heat_cell(record, row, task, cells.get((row, task))) for task in record.tasks],
-        }
-        for row, name in enumerate(record.row_names)
-    ]
-    title = f"{decoder.capitalize()} decoding" + ("" if variant == "id" else f", {VARIANTS.get(variant, variant)}")
+    matrix = record.matrices[variant, decoder]
+    rows = []
+    for row, (name, outcomes) in enumerate(zip(record.row_names, matrix.successes, strict=True)):
+        just_taught = record.phases[row - 1] if row else ()
+        cells = [_heat_cell(task, outcomes.get(task), task in just_taught) for task in matrix.tasks]
+        rows.append({"label": f"after {name}" if row else name, "cells": cells})
+    shifted = "" if variant == "id" else f", {VARIANTS.get(variant, variant)}"
     return {
-        "title": title,
+        "title": f"{decoder.capitalize()} decoding{shifted}",
         "decoder": decoder,
         "variant": variant,
-        "columns": record.tasks,
-        "trained": len(record.trained),
+        "columns": matrix.tasks,
+        "trained": len(matrix.trained),
         "rows": rows,
     }
 
 
-def _heat_cell(record: Record, row: int, task: str, outcome: Outcome | None) -> dict[str, Any]:
-    taught = row > 0 and task in record.phases[row - 1]
-    first = len(record.trained) > 0 and task in record.held_out[:1]
-    kind = " ".join(name for name, on in (("taught", taught), ("first", first), ("missing", outcome is None)) if on)
+def _heat_cell(task: str, outcome: np.ndarray | None, just_taught: bool) -> dict[str, Any]:
     if outcome is None:
-        return {"kind": kind, "rate": None}
-    low, high = (100 * bound for bound in wilson(sum(outcome.successes), len(outcome.successes)))
-    solved = f"{sum(outcome.successes)} of {words.count(len(outcome.successes), 'episode')} of {task}"
-    title = f"{solved}, 95\u00a0% interval {words.points(low)} to {words.points(high)}\u00a0%"
-    return {"kind": kind, "rate": percent(outcome), "low": low, "high": high, "n": len(outcome.successes), "title": title}
+        return {"just_taught": just_taught, "rate": None}
+    successes, episodes = int(outcome.sum()), len(outcome)
+    estimate = wilson(successes, episodes)
+    rate, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
+    title = (
+        f"{successes} of {words.count(episodes, 'episode')} of {task}, "
+        f"95\u00a0% interval {words.points(low)} to {words.points(high)}\u00a0%"
+    )
+    return {"just_taught": just_taught, "rate": rate, "low": low, "high": high, "n": episodes, "title": title}
 
 
 def _videos(record: Record) -> list[dict[str, Any]]:
@@ -175,20 +179,24 @@ def _videos(record: Record) -> list[dict[str, Any]]:
 
 
 def _learning_curves(record: Record) -> list[dict[str, Any]]:
-    cells = record.cells[record.variant, record.decoders[0]]
+    base = record.matrix(record.decoders[0]).successes[0]
     drawn = []
     for phase, name in enumerate(record.row_names[1:]):
         curve = record.success_curve(phase)
-        base = [percent(cells[0, task]) / 100 for task in record.phases[phase] if (0, task) in cells]
+        rates = [float(base[task].mean()) for task in record.phases[phase] if task in base]
         if curve:
-            level = sum(base) / len(base) if base else None
+            level = sum(rates) / len(rates) if rates else None
             label = f"Success in training on {name} by iteration"
             drawn.append({"title": name, "svg": Markup(plots.success_curve(f"success-{phase}", [curve], label, level))})
     return drawn
 
 
 def _diagnostics(record: Record) -> list[dict[str, Any]]:
-    starts = [i for i, line in enumerate(record.iterations) if i and line["task_index"] != record.iterations[i - 1]["task_index"]]
+    starts = [
+        i
+        for i, line in enumerate(record.iterations)
+        if i and line["task_index"] != record.iterations[i - 1]["task_index"]
+    ]
     drawn = []
     for key, title, unit in DIAGNOSTICS:
         curve = [(float(i), line[key]) for i, line in enumerate(record.iterations) if line.get(key) is not None]
@@ -210,7 +218,9 @@ def _time(record: Record) -> dict[str, Any]:
     playing = seconds["rollout"] + seconds["evaluation"]
     return {
         "total": total,
-        "parts": [{"name": PARTS[p], "seconds": s, "share": 100 * s / total if total else 0} for p, s in seconds.items()],
+        "parts": [
+            {"name": PARTS[p], "seconds": s, "share": 100 * s / total if total else 0} for p, s in seconds.items()
+        ],
         "env_steps": steps,
         "speed": steps / playing if playing else 0.0,
     }

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perennial.evaluation.success_matrix import SuccessMatrix
-from perennial.storage.cells import Outcome
-from perennial.storage.run_folder import RunFolder
+import numpy as np
 
-Outcomes = Mapping[tuple[int, str], Outcome]
-"""(row, task) -> what its evaluation gave."""
+from perennial.errors import PerennialError
+from perennial.evaluation.success_matrix import SuccessMatrix
+from perennial.storage.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Record:
         folder: where it is; its name is the name of the run.
         run: the content of run.json.
         trained, held_out: names of the tasks, in order.
-        cells: (variant, decoder) -> the evaluated cells.
+        matrices: (variant, decoder) -> the success matrix, cells missing where they are not evaluated yet.
         iterations: the iteration lines of metrics.jsonl.
         timings: the lines of timings.jsonl.
         videos: task -> row -> video file.
@@ -33,7 +32,7 @@ class Record:
     run: Mapping[str, Any]
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
-    cells: Mapping[tuple[str, str], Outcomes]
+    matrices: Mapping[tuple[str, str], SuccessMatrix]
     iterations: Sequence[Mapping[str, Any]]
     timings: Sequence[Mapping[str, Any]]
     videos: Mapping[str, Mapping[int, Path]]
@@ -67,7 +66,7 @@ class Record:
     @property
     def phases(self) -> tuple[tuple[str, ...], ...]:
         """The tasks that are taught together, phase by phase; a row of the success matrix follows each phase."""
-        return (self.trained,) if self.config["schedule"] == "joint" else tuple((task,) for task in self.trained)
+        return (self.trained,) if self.config.get("schedule") == "joint" else tuple((task,) for task in self.trained)
 
     @property
     def row_names(self) -> tuple[str, ...]:
@@ -75,25 +74,25 @@ class Record:
         return ("base", *(phase[0] if len(phase) == 1 else f"{len(phase)} tasks" for phase in self.phases))
 
     @property
-    def rows(self) -> int:
-        """How many leading rows of the success matrix are complete under every decoder and variant."""
-        done = 0
-        while done <= len(self.phases) and all(
-            (done, task) in cells for cells in self.cells.values() for task in self.tasks
-        ):
-            done += 1
-        return done
+    def phases_done(self) -> int:
+        """How many phases are taught and evaluated, under every decoder and variant."""
+        complete = np.all([(matrix.episodes() > 0).all(axis=1) for matrix in self.matrices.values()], axis=0)
+        return max(int(np.logical_and.accumulate(complete).sum()) - 1, 0)
 
     @property
     def finished(self) -> bool:
         """Whether every task was taught and everything evaluated."""
-        return self.rows == len(self.phases) + 1
+        return self.phases_done == len(self.phases)
 
     def matrix(self, decoder: str) -> SuccessMatrix:
-        """The complete rows of the main variant's success matrix."""
-        cells = self.cells[self.variant, decoder]
-        rows = tuple(tuple(cells[row, task].successes for task in self.tasks) for row in range(self.rows))
-        return SuccessMatrix(self.tasks, len(self.trained), rows)
+        """The main variant's success matrix."""
+        return self.matrices[self.variant, decoder]
+
+    def so_far(self, decoder: str) -> SuccessMatrix | None:
+        """The main variant's success matrix of the phases that are done, as if the run had ended then."""
+        done, matrix = self.phases_done, self.matrix(decoder)
+        taught = tuple(task for phase in self.phases[:done] for task in phase)
+        return SuccessMatrix(taught, self.held_out, matrix.successes[: done + 1]) if done else None
 
     def lines(self, phase: int) -> list[Mapping[str, Any]]:
         """The iterations of a phase, counted from 0, its stages one after another."""
@@ -105,11 +104,6 @@ class Record:
         return [(float(number), success) for number, success in numbered if success is not None]
 
 
-def percent(outcome: Outcome) -> float:
-    """The share of successful episodes, in percent."""
-    return 100 * sum(outcome.successes) / len(outcome.successes)
-
-
 def read(folder: Path) -> Record:
     """Read the run in `folder`, also while it is being written.
 
@@ -117,21 +111,24 @@ def read(folder: Path) -> Record:
         PerennialError: it is no run folder, or its configuration or logs are damaged.
     """
     run = RunFolder.open(folder)
-    tasks, evaluation = run.header["config"]["tasks"], run.header["config"]["evaluation"]
-    cells: dict[tuple[str, str], dict[tuple[int, str], Outcome]] = {
-        (variant, decoder): {} for variant in evaluation["variants"] for decoder in evaluation["decoders"]
-    }
-    for cell, outcome in run.cells().items():
-        cells.setdefault((cell.variant, cell.decoder), {})[cell.row, cell.task] = outcome
+    try:
+        config = run.header["config"]
+        tasks, evaluation = config["tasks"], config["evaluation"]
+        trained, held_out = tuple(tasks["trained"]), tuple(tasks["held_out"])
+        cases = [(variant, decoder) for variant in evaluation["variants"] for decoder in evaluation["decoders"]]
+    except (KeyError, TypeError) as error:
+        raise PerennialError(
+            f"{folder / 'run.json'} is damaged: its config has no {error}; restore it from a copy."
+        ) from None
     videos: dict[str, dict[int, Path]] = {}
     for path in sorted(folder.glob("videos/[0-9]*/*.mp4")):
         videos.setdefault(path.stem, {})[int(path.parent.name)] = path
     return Record(
         folder=folder,
         run=run.header,
-        trained=tuple(tasks["trained"]),
-        held_out=tuple(tasks["held_out"]),
-        cells=cells,
+        trained=trained,
+        held_out=held_out,
+        matrices={(v, d): SuccessMatrix.from_run(run, d, v) for v, d in cases},
         iterations=[row for row in run.rows("metrics") if row.get("event") == "iteration"],
         timings=run.rows("timings"),
         videos=videos,

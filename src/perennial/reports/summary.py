@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perennial.evaluation.metrics import summary
-from perennial.evaluation.statistics import Estimate
+import numpy as np
+
+from perennial.evaluation.statistics import Estimate, summary
 from perennial.reports import words
-from perennial.reports.record import Record, percent, read
+from perennial.reports.record import Record, read
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,10 +20,11 @@ def report_json(folder: Path) -> dict[str, Any]:
     """What `perennial report RUN --json` prints.
 
     Returns:
-        `avg`, `gain`, `nbt`, `fwt`, `zs` and `zs_gain`, each `{value, low, high, n}` in percentage points or None where
-        it is not defined (yet); `matrix` with `rows` (what had just been taught), `columns`, `trained` (how many columns are taught; the others are
-        held out), `rates` in percent of every complete row and `n`, the episodes of a cell; all of them for the main decoder and again for
-        each one under `decoders`; `run`, `seed`, `preset` and `finished`.
+        `run`, `seed`, `preset`, `finished`; then for the main decoder `avg`, `gain`, `nbt`, `fwt`, `zs` and `zs_gain`,
+        each `{value, low, high, n}` in percentage points or None where it is undefined; and `matrix` with `rows` (what
+        had just been taught), `columns`, `trained` (how many columns are taught; the others are held out), `rates` in
+        percent, None where not evaluated, and `n`, the episodes of a cell. `decoders` has the same for each decoder.
+        The metrics of an unfinished run are over the tasks that are taught and evaluated so far.
 
     Raises:
         PerennialError: `folder` is no run folder.
@@ -50,7 +52,9 @@ def print_summary(folder: Path, console: Console) -> None:
     record = read(folder)
     figures = report(record)
     state = "finished" if figures["finished"] else "not finished"
-    console.print(f"[bold]{escape(record.name)}[/bold]  preset {escape(figures['preset'])}, seed {figures['seed']}, {state}")
+    console.print(
+        f"[bold]{escape(record.name)}[/bold]  preset {escape(figures['preset'])}, seed {figures['seed']}, {state}"
+    )
     for sentence in (
         words.learned(figures, len(record.trained)),
         words.forgotten(figures),
@@ -72,16 +76,16 @@ def in_words(estimate: Mapping[str, float] | None, level: bool) -> str:
 
 def _figures(record: Record, decoder: str) -> dict[str, Any]:
     """The metrics and the matrix under one decoder, in percentage points."""
-    cells, rows = record.cells[record.variant, decoder], record.rows
-    rates = [[percent(cells[row, task]) for task in record.tasks] for row in range(rows)]
-    estimates = summary(record.matrix(decoder)) if rows else {}
+    matrix, so_far = record.matrix(decoder), record.so_far(decoder)
+    estimates = summary(so_far) if so_far else {}
+    rates = [[None if np.isnan(rate) else float(rate) for rate in row] for row in 100 * matrix.rates()]
     figures: dict[str, Any] = {metric.key: _percent(estimates.get(metric.key)) for metric in words.METRICS}
     figures["matrix"] = {
-        "rows": list(record.row_names[:rows]),
-        "columns": list(record.tasks),
-        "trained": len(record.trained),
+        "rows": list(record.row_names),
+        "columns": list(matrix.tasks),
+        "trained": len(matrix.trained),
         "rates": rates,
-        "n": record.config["evaluation"]["episodes"],
+        "n": int(matrix.episodes().max()),
     }
     return figures
 
