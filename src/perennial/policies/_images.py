@@ -18,7 +18,7 @@ def to_pixels(images: np.ndarray, size: int, center_crop: bool, device: torch.de
 
     Resizing is bicubic with antialiasing and rounds to whole grey levels as an image file would.
     """
-    pixels = torch.from_numpy(images).to(device).permute(0, 1, 4, 2, 3)
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 1, 4, 2, 3)
     if center_crop:
         height, width = (round(side * math.sqrt(CROP_AREA)) for side in pixels.shape[-2:])
         top, left = (pixels.shape[-2] - height) // 2, (pixels.shape[-1] - width) // 2
