@@ -238,11 +238,17 @@ class ToyPolicy(Policy):
         """State values, float32 [N]."""
         return self._forward(batch.observation)[1]
 
-    def save(self, folder: Path) -> None:
+    @classmethod
+    def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
+        """A new policy; it reads any words, and its statistics are fixed."""
+        return cls(seed)
+
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors, an adapter merged in."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({"policy": self.name, "hidden": self.hidden}))
-        save_file(self.acting_weights(), folder / "model.safetensors")
+        weights = {name: weight.to(dtype or weight.dtype) for name, weight in self.acting_weights().items()}
+        save_file(weights, folder / "model.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> Self:

@@ -1,0 +1,45 @@
+import pytest
+
+from perennial import discovery
+from perennial.strategies.base import Strategy
+from perennial.strategies.dark_replay import DarkReplay
+from perennial.strategies.ewc import EWC
+from perennial.strategies.expansion import Expansion
+from perennial.strategies.kl_anchor import KLAnchor
+from perennial.strategies.l2 import L2
+from perennial.strategies.merge import Merge
+from perennial.strategies.replay import Replay
+from perennial.strategies.sequential import Sequential
+from perennial.strategies.slca import SLCA
+from perennial.testing.strategy_conformance import CHECKS
+
+SMALL = {"capacity": 8, "episodes": 24}
+CASES = {
+    "sequential": Sequential,
+    "ewc": lambda: EWC(coefficient=1.0, decay=0.9, episodes=4, samples=8),
+    "ewc normalised": lambda: EWC(coefficient=0.1, normalise=True, episodes=4, samples=8),
+    "ewc ut2026": lambda: EWC(coefficient=1.0, variant="ut2026"),
+    "l2": lambda: L2(coefficient=0.1),
+    "l2 base": lambda: L2(coefficient=0.1, anchor="base"),
+    "kl_anchor": lambda: KLAnchor(coefficient=0.5),
+    "kl_anchor base": lambda: KLAnchor(coefficient=0.5, anchor="base"),
+    "replay": lambda: Replay(coefficient=0.5, **SMALL),
+    "dark_replay": lambda: DarkReplay(coefficient=0.5, **SMALL),
+    "dark_replay ++": lambda: DarkReplay(coefficient=0.5, label_coefficient=0.2, **SMALL),
+    "dark_replay ut2026": lambda: DarkReplay(coefficient=0.5, variant="ut2026", **SMALL),
+    "slca": SLCA,
+    "merge": lambda: Merge(alpha=0.7, language=0.2),
+    "expansion": Expansion,
+    "expansion last": lambda: Expansion(held_out="last"),
+}
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("case", CASES)
+def test_conformance(case, check):
+    check(CASES[case])
+
+
+def test_every_strategy_is_checked():
+    checked = {type(make()) for make in CASES.values()}
+    assert checked == {discovery.find("strategies", name, Strategy) for name in discovery.names("strategies")}
