@@ -140,9 +140,11 @@ class Demos:
     out: Positional[Path]
     """Folder to record into."""
     tasks: tuple[str, ...] = ()
-    """Task names; by default every task of the suite's sequence `simple_recipe`."""
+    """Task names; by default all tasks of the suite."""
     count: int = 50
     """Demonstrations for each task."""
+    image_every: int = 4
+    """Environment steps from one image to the next."""
     suite: str = "metaworld"
     """Suite of the tasks."""
     workers: int = 0

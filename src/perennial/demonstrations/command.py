@@ -1,0 +1,41 @@
+"""`perennial demos`: checks the request, records, and shows progress."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from perennial import discovery
+from perennial.demonstrations.record import Settings, record_all
+from perennial.errors import PerennialError, unknown
+from perennial.suites.base import Suite
+
+if TYPE_CHECKING:
+    from perennial.cli import Demos
+
+
+def record(options: Demos, console: Console) -> None:
+    """Record `options.count` demonstrations of each task into `options.out`.
+
+    Raises:
+        PerennialError: an unknown task, a count below 1, or see `record_all`.
+    """
+    suite = discovery.find("suites", options.suite, Suite)()
+    if options.count < 1:
+        raise PerennialError(f"--count is {options.count}, but it must be above 0.")
+    tasks = options.tasks or tuple(suite.tasks)
+    for task in tasks:
+        if task not in suite.tasks:
+            raise unknown(f"task in suite {options.suite!r}", task, suite.tasks)
+    workers = options.workers or len(os.sched_getaffinity(0))
+    columns = ("recording", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("recording", total=len(tasks) * options.count)
+        settings = Settings(image_every=options.image_every)
+        record_all(
+            options.suite, tasks, options.count, options.out, workers, lambda path: progress.advance(bar), settings
+        )
+    console.print(f"{len(tasks) * options.count} demonstrations of {len(tasks)} tasks are in {options.out}.")
