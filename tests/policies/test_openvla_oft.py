@@ -249,6 +249,16 @@ def test_half_size_checkpoint_loads_as_float32(policy, tmp_path):
         torch.testing.assert_close(parameter, policy.acting_weights()[name], rtol=2**-8, atol=0)
 
 
+def test_bfloat16_weights_act_with_exact_positions(policy, tmp_path):
+    policy.save(tmp_path)
+    half = OpenVLAOFT.load(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    assert half.model.language_model.model.rotary_emb.inv_freq.dtype == torch.float32
+    observation = example_observation(image_size=32, state_dim=STATE_DIM)
+    assert half.logits(batch_of(half, observation)).dtype == torch.float32
+    np.testing.assert_allclose(logits_of(half, observation), logits_of(policy, observation), atol=0.2)
+
+
 @pytest.fixture
 def checkpoint(policy, tmp_path):
     policy.save(tmp_path)

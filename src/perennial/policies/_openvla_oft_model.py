@@ -131,7 +131,7 @@ class VisionBackbone(nn.Module):
         self.first_patch = 1 + config.dino.registers
         for name in ("mean", "std"):
             both = [getattr(config.dino, name), getattr(config.siglip, name)]
-            self.register_buffer(name, torch.tensor(both)[:, None, :, None, None], persistent=False)
+            self.register_buffer(name, torch.tensor(both, dtype=torch.float32)[:, None, :, None, None], persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features of `pixels` [N, V, 3, H, W] in [0, 1]."""

@@ -141,7 +141,7 @@ class OpenVLAOFT(Policy):
             state = np.clip(_normalise(observation.states, config.norm_stats.proprio), -1, 1)
         dtype = next(self.model.parameters()).dtype
         logits: Tensor = unwrap(self.model)(
-            _images.to_pixels(observation.images, config.image_size, config.center_crop, device).to(dtype),
+            _images.to_pixels(observation.images, config.image_size, config.center_crop, device),
             torch.from_numpy(prompt).to(device),
             torch.from_numpy(mask).to(device),
             torch.from_numpy(state).to(device, dtype),
@@ -165,7 +165,9 @@ class OpenVLAOFT(Policy):
             ) from error
         model = _network(config, random=False)
         read_tensors(folder / "model.safetensors", model)
-        return cls(config, tokenizer, model.to(dtype))
+        for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions
+            parameter.data = parameter.data.to(dtype)
+        return cls(config, tokenizer, model)
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are)."""
