@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError, unknown
@@ -64,7 +65,7 @@ def _slerp(settings: Settings, blocks: Blocks) -> Callable[[str], BlockMerge]:
     _require_one(settings, "slerp")
 
     def of_tensor(name: str) -> BlockMerge:
-        products = sum(inner_products(base, finetuned) for base, finetuned in blocks(name))
+        products = torch.stack([inner_products(base, finetuned) for base, finetuned in blocks(name)]).sum(0)
         return lambda _, tensors: slerp_tensor(tensors[0], tensors[1], settings.alpha[name], products)
 
     return of_tensor

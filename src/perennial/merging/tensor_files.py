@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -48,29 +48,52 @@ class Entry:
         return math.ceil((self.stop - self.start) / (BLOCK * self.type.itemsize))
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model on disk.
+class BlockReader(Protocol):
+    """Reads the blocks of a model's tensors."""
+
+    def block(self, name: str, number: int) -> Tensor:
+        """Elements [number * BLOCK, (number + 1) * BLOCK) of the flattened tensor, valid until the next call."""
+        ...
+
+    def close(self) -> None:
+        """Close the files."""
+        ...
+
+
+class Model(Protocol):
+    """What is merged.
 
     Attributes:
         path: the folder, or the single file that was asked for.
-        headers: file -> its first bytes up to the data, in the order of the files.
+        files: the safetensors files.
         entries: tensor name -> where it lies, by file and offset.
     """
 
+    @property
+    def path(self) -> Path: ...  # noqa: D102
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...  # noqa: D102
+
+    @property
+    def entries(self) -> Mapping[str, Entry]: ...  # noqa: D102
+
+    def reader(self) -> BlockReader:
+        """Open the files."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A `Model` that lies on disk tensor by tensor."""
+
     path: Path
-    headers: Mapping[Path, bytes]
+    files: tuple[Path, ...]
     entries: Mapping[str, Entry]
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The safetensors files."""
-        return tuple(self.headers)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.stat().st_size for file in self.headers)
+    def reader(self) -> BlockReader:
+        """Open the files."""
+        return _Reader(self)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -84,14 +107,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
         PerennialError: nothing is there, a file is truncated or is no safetensors file, or the index does not fit.
     """
     files, index = _weight_files(path)
-    headers: dict[Path, bytes] = {}
     entries: dict[str, Entry] = {}
     for file in files:
-        headers[file], found = _read_header(file)
-        entries |= found
+        entries |= read_header(file)[1]
     if index is not None and {name: entry.file.name for name, entry in entries.items()} != index:
         raise PerennialError(f"The index of {path} does not name the tensors of its files; copy the checkpoint again.")
-    return Checkpoint(path, headers, entries)
+    return Checkpoint(path, tuple(files), entries)
 
 
 def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -112,8 +133,12 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     return found, None
 
 
-def _read_header(file: Path) -> tuple[bytes, dict[str, Entry]]:
-    """The bytes before the data and the tensors by offset, checked to cover exactly the rest of the file."""
+def read_header(file: Path) -> tuple[bytes, dict[str, Entry]]:
+    """The bytes before the data and the tensors by offset, checked to cover exactly the rest of the file.
+
+    Raises:
+        PerennialError: the file cannot be read, is truncated or is no safetensors file.
+    """
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -150,31 +175,23 @@ def _read_header(file: Path) -> tuple[bytes, dict[str, Entry]]:
     return prefix + text, ordered
 
 
-class Reader:
-    """Reads blocks of a checkpoint's tensors. Close it after use."""
-
+class _Reader:
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._streams: dict[Path, BinaryIO] = {file: file.open("rb", buffering=0) for file in checkpoint.files}
+        self._entries = checkpoint.entries
+        self._streams = {file: file.open("rb", buffering=0) for file in checkpoint.files}
         self._buffer = torch.empty(BLOCK * 8, dtype=torch.uint8)
 
     def block(self, name: str, number: int) -> Tensor:
-        """Elements [number * BLOCK, (number + 1) * BLOCK) of the flattened tensor, valid until the next call.
-
-        Raises:
-            PerennialError: the file has become shorter.
-        """
-        entry = self.checkpoint.entries[name]
+        entry = self._entries[name]
         step = BLOCK * entry.type.itemsize
         start = entry.start + number * step
         size = min(step, entry.stop - start)
         stream = self._streams[entry.file]
         stream.seek(start)
-        if stream.readinto(memoryview(self._buffer.numpy())[:size]) != size:
+        if stream.readinto(self._buffer.numpy().data[:size]) != size:
             raise PerennialError(f"{entry.file} has changed while it was read; merge again.")
         return self._buffer[:size].view(entry.type)
 
     def close(self) -> None:
-        """Close the files."""
         for stream in self._streams.values():
             stream.close()

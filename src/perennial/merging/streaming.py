@@ -1,0 +1,158 @@
+"""The streaming merge: reads, merges, hashes and writes block by block, in constant memory.
+
+Hashing the inputs runs in threads of its own; the disk starts to write while the next blocks are computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from perennial import faults
+from perennial.errors import PerennialError
+from perennial.merging.block_methods import BlockMerge, Settings, prepare
+from perennial.merging.state_dicts import accumulator, refuse_quantised, unchanged
+from perennial.merging.tensor_files import DTYPES, Model, read_header
+
+WRITEBACK = 64 << 20
+"""Bytes after which the disk is told to start writing."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes merged so far and in all."""
+
+
+class Merge:
+    """Goes through the base's files in order and writes the merged ones. Use it in a `with`.
+
+    Attributes:
+        models: base first.
+        alphas: tensor name -> coefficient.
+        changed: names of the tensors, seen so far, that differ between the models.
+    """
+
+    def __init__(self, models: Sequence[Model], method: str, settings: Settings, alphas: Mapping[str, float]) -> None:
+        self.models = models
+        self.alphas = alphas
+        self.changed: set[str] = set()
+        self._readers = [model.reader() for model in models]
+        self._stop = threading.Event()
+        self._hashers = ThreadPoolExecutor(len(models))
+        self._of_tensor = prepare(method, settings, self._blocks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._hashers.shutdown(cancel_futures=True)
+        for reader in self._readers:
+            reader.close()
+
+    def write(self, folder: Path, on_progress: Progress) -> list[dict[str, str]]:
+        """Write the merged files into `folder`.
+
+        Returns:
+            SHA-256 by file name of every model's files, and last of the merged ones.
+        """
+        pending: list[dict[str, Future[str]]] = [{} for _ in self.models]
+        merged: dict[str, str] = {}
+        done, total = 0, sum(file.stat().st_size for file in self.models[0].files)
+        rounds = max(len(model.files) for model in self.models)
+        for number in range(rounds):
+            for model, futures in zip(self.models, pending, strict=True):
+                for file in model.files[number : number + 1]:  # in step with the merge, so it is read once from disk
+                    futures[file.name] = self._hashers.submit(_sha256, file, self._stop)
+            for file in self.models[0].files[number : number + 1]:
+                sink = _Sink(folder / file.name)
+                for piece in self._file(file):
+                    sink.write(piece)
+                    on_progress(done + sink.size, total)
+                    faults.point("merge_block")
+                merged[file.name] = sink.close()
+                done += sink.size
+        return [{name: future.result() for name, future in futures.items()} for futures in pending] + [merged]
+
+    def _file(self, file: Path) -> Iterator[memoryview]:
+        """The bytes of a merged file: the base's header, then every block."""
+        yield memoryview(read_header(file)[0])
+        for name, entry in self.models[0].entries.items():
+            if entry.file == file:
+                for tensor in self._tensor(name):
+                    yield tensor.view(torch.uint8).numpy().data
+
+    def _tensor(self, name: str) -> Iterator[Tensor]:
+        """The merged blocks of a tensor; blocks that are the same in all models stay bit for bit."""
+        kinds = {model.entries[name].dtype for model in self.models}
+        if not self.models[0].entries[name].blocks:
+            return
+        merge = self._of_tensor(name) if kinds <= DTYPES.keys() else self._take(name, kinds)
+        for number, tensors in enumerate(self._blocks(name)):
+            if unchanged(tensors):
+                yield tensors[0]
+            else:
+                self.changed.add(name)
+                block = merge(number, tensors)
+                _require_finite(name, block)
+                yield block
+
+    def _take(self, name: str, kinds: set[str]) -> BlockMerge:
+        """Integers are not averaged: they are taken from one model where that is meant, and refused otherwise."""
+        if len(kinds) == 1 and self.alphas[name] == 1 and len(self.models) == 2:
+            return lambda _, tensors: tensors[1]
+        if len(kinds) == 1 and (self.alphas[name] == 0 or self.models[0].entries[name].shape == ()):
+            return lambda _, tensors: tensors[0]
+
+        def refuse(number: int, tensors: list[Tensor]) -> Tensor:
+            raise refuse_quantised(name, " and ".join(sorted(kinds)))
+
+        return refuse
+
+    def _blocks(self, name: str) -> Iterator[list[Tensor]]:
+        for number in range(self.models[0].entries[name].blocks):
+            yield [reader.block(name, number) for reader in self._readers]
+
+
+class _Sink:
+    """A new file, hashed as it is written and sent to the disk early, so that the final fsync has little to do."""
+
+    def __init__(self, path: Path) -> None:
+        self._stream = path.open("wb")
+        self._digest = hashlib.sha256()
+        self._sent = 0
+        self.size = 0
+
+    def write(self, piece: memoryview) -> None:
+        self._stream.write(piece)
+        self._digest.update(piece)
+        self.size += len(piece)
+        if self.size - self._sent >= WRITEBACK and hasattr(os, "posix_fadvise"):
+            # On Linux this starts to write dirty pages back without waiting for them.
+            os.posix_fadvise(self._stream.fileno(), self._sent, self.size - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = self.size
+
+    def close(self) -> str:
+        self._stream.close()
+        return self._digest.hexdigest()
+
+
+def _sha256(file: Path, stop: threading.Event) -> str:
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with file.open("rb", buffering=0) as stream:
+        while (size := stream.readinto(buffer)) and not stop.is_set():
+            digest.update(buffer[:size])
+    return digest.hexdigest()
+
+
+def _require_finite(name: str, block: Tensor) -> None:
+    # The sum is a quick look: it is finite unless an element is not, or in rare cases of overflow.
+    if not math.isfinite(block.sum(dtype=accumulator(block)).item()) and not bool(block.isfinite().all()):
+        raise PerennialError(f"{name} is infinite or NaN after merging; look for NaN in the models, or reduce alpha.")
