@@ -1,0 +1,117 @@
+"""Reads recorded demonstrations and cuts them into batches.
+
+A recording is a folder with one safetensors file per episode, `TASK/INDEX.safetensors`. Its tensors are `images` uint8
+[T, V, H, W, 3], `image_steps` int32 [T], `states` float32 [L, S] and `actions` float32 [L, D]; its header carries one
+JSON object with everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from perennial.errors import PerennialError, unknown
+from perennial.policies.base import Batch, Observation, Policy
+from perennial.storage.atomic import sha256
+
+HEADER = "demonstration"
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One successful episode of an expert, with L steps and T images.
+
+    Attributes:
+        task: its name.
+        instruction: what the expert was told, one of the task's training paraphrases.
+        initial_state: index of the initial state in the split "demonstration".
+        images: uint8 [T, V, H, W, 3].
+        image_steps: int32 [T], the step before which each image was taken.
+        states: float32 [L, S], before each step.
+        actions: float32 [L, D], what the expert wanted to do; what was done may have been disturbed by noise.
+    """
+
+    task: str
+    instruction: str
+    initial_state: int
+    images: np.ndarray
+    image_steps: np.ndarray
+    states: np.ndarray
+    actions: np.ndarray
+
+
+def load(folder: Path, tasks: Iterable[str] | None = None) -> list[Demonstration]:
+    """Read the successful demonstrations in `folder`, in the order of `tasks` (or of the alphabet) and initial states.
+
+    Raises:
+        PerennialError: the folder has no successful demonstration of some task, or a file is damaged.
+    """
+    recorded = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    if not recorded:
+        raise PerennialError(f"{folder} holds no demonstrations; record some with `perennial demos {folder}`.")
+    demonstrations: list[Demonstration] = []
+    for task in recorded if tasks is None else tasks:
+        if task not in recorded:
+            raise unknown("demonstrated task", task, recorded)
+        found = [read(path) for path in sorted((folder / task).glob("*.safetensors"))]
+        successful = [demonstration for header, demonstration in found if header["success"]]
+        if not successful:
+            raise PerennialError(
+                f"None of the {len(found)} demonstrations of {task} in {folder} is successful; record more of them."
+            )
+        demonstrations += successful
+    return demonstrations
+
+
+def read(path: Path) -> tuple[dict[str, Any], Demonstration]:
+    """One episode, successful or not, with its header.
+
+    Raises:
+        PerennialError: the file is missing, damaged or no demonstration.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+            tensors = {name: file.get_tensor(name) for name in ("images", "image_steps", "states", "actions")}
+        return header, Demonstration(header["task"], header["instruction"], header["initial_state"], **tensors)
+    except (OSError, SafetensorError, LookupError, ValueError) as error:
+        raise PerennialError(
+            f"The demonstration {path} cannot be read ({error}); delete it and record it anew."
+        ) from error
+
+
+def to_batch(demonstrations: list[Demonstration], policy: Policy) -> Batch:
+    """One row per image: what the policy sees there, and the expert's next `policy.chunk_steps` actions as its choice.
+
+    A window that reaches past the end repeats the last action; tokens that begin to act there are masked.
+    """
+    windows, remaining = [], []
+    for demonstration in demonstrations:
+        length = len(demonstration.actions)
+        steps = demonstration.image_steps[:, None] + np.arange(policy.chunk_steps)
+        windows.append(demonstration.actions[np.minimum(steps, length - 1)])
+        remaining.append(length - demonstration.image_steps)
+    observation = Observation(
+        np.concatenate([d.images for d in demonstrations]),
+        tuple(d.instruction for d in demonstrations for _ in d.image_steps),
+        np.concatenate([d.states[d.image_steps] for d in demonstrations]),
+    )
+    return Batch(
+        observation=observation,
+        sample=policy.encode(np.concatenate(windows)),
+        mask=policy.token_steps[None, :] < np.concatenate(remaining)[:, None],
+    )
+
+
+def data_hash(folder: Path) -> str:
+    """SHA-256 over the names and contents of all episode files, as hexadecimal digits."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
+    lines = "".join(f"{sha256(folder / name)}  {name}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest()
