@@ -24,7 +24,7 @@ VARIANTS = {"ood_val": "shifted versions of the tasks (validation)", "ood_test":
 FEW_KEPT = 0.5
 """A task whose updates used fewer of its decisions than this is worth a warning."""
 DIAGNOSTICS = (
-    ("kl", "KL divergence from the acting policy", "KL, nats"),
+    ("kl", "KL divergence from the policy that acted", "nats a token"),
     ("clip_fraction", "Share of clipped probability ratios", "share"),
     ("grad_norm", "Norm of the gradient before clipping", "norm"),
     ("loss", "Loss", "loss"),
@@ -60,8 +60,10 @@ def fill(template: str, **values: Any) -> str:
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {f.__name__: f for f in (words.points, words.rate, words.interval, words.duration)}
-    style = Markup(loader.get_source(environment, "style.css")[0])  # noqa: S704
+    environment.filters |= {
+        f.__name__: f for f in (words.points, words.rate, words.interval, words.estimate, words.duration)
+    }
+    style = Markup(loader.get_source(environment, "style.css")[0])
     return environment.get_template(template).render(style=style, metrics=words.METRICS, **values)
 
 
@@ -88,7 +90,7 @@ def _render(record: Record) -> str:
 
 def headline(record: Record, figures: Mapping[str, Any]) -> dict[str, Any]:
     """What was learned, what was forgotten and what is still done untaught, as figures and sentences."""
-    tasks, done = len(record.trained), sum(map(len, record.phases[: record.phases_done]))
+    tasks, done = len(record.trained), record.tasks_done
     taught = words.count(tasks, "task") if record.finished else f"{done} of {words.count(tasks, 'task')}"
     together = "" if tasks == 1 else ", all together" if len(record.phases) < tasks else ", one after another"
     untaught = words.untaught(figures, len(record.held_out))
@@ -98,7 +100,7 @@ def headline(record: Record, figures: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "title": "Learned",
                 "estimate": figures["gain"],
-                "sentence": words.learned(figures, tasks),
+                "sentence": words.learned(figures, done),
                 "signed": True,
             },
             {"title": "Forgotten", "estimate": figures["nbt"], "sentence": words.forgotten(figures), "signed": False},

@@ -56,6 +56,16 @@ def quantity_curve(name: str, curve: Curve, title: str, unit: str, boundaries: S
     return _svg(figure, name, title)
 
 
+def key(index: int) -> str:
+    """A short line, drawn as the `index`-th curve of `success_curve`."""
+    colour, dashes = KEY[index % len(KEY)]
+    pattern = {"-": "", "--": "6 3", ":": "1.5 2.5", "-.": "6 2 1.5 2"}[dashes]
+    line = (
+        f'<path d="M0 5H40" stroke="var({VARIABLES[colour]}, {colour})" stroke-width="2" stroke-dasharray="{pattern}"/>'
+    )
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 40 10" aria-hidden="true">{line}</svg>'
+
+
 def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -19,7 +19,7 @@ class Record:
     """One run, finished or not.
 
     Attributes:
-        folder: where it is; its name is the name of the run.
+        name: of the run, by default that of its folder.
         run: the content of run.json.
         trained, held_out: names of the tasks, in order.
         matrices: (variant, decoder) -> the success matrix, cells missing where they are not evaluated yet.
@@ -28,7 +28,7 @@ class Record:
         videos: task -> row -> video file.
     """
 
-    folder: Path
+    name: str
     run: Mapping[str, Any]
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -36,11 +36,6 @@ class Record:
     iterations: Sequence[Mapping[str, Any]]
     timings: Sequence[Mapping[str, Any]]
     videos: Mapping[str, Mapping[int, Path]]
-
-    @property
-    def name(self) -> str:
-        """The name of the run."""
-        return self.folder.resolve().name
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -78,6 +73,11 @@ class Record:
         """How many phases are taught and evaluated, under every decoder and variant."""
         complete = np.all([(matrix.episodes() > 0).all(axis=1) for matrix in self.matrices.values()], axis=0)
         return max(int(np.logical_and.accumulate(complete).sum()) - 1, 0)
+
+    @property
+    def tasks_done(self) -> int:
+        """How many tasks these are."""
+        return sum(map(len, self.phases[: self.phases_done]))
 
     @property
     def finished(self) -> bool:
@@ -124,7 +124,7 @@ def read(folder: Path) -> Record:
     for path in sorted(folder.glob("videos/[0-9]*/*.mp4")):
         videos.setdefault(path.stem, {})[int(path.parent.name)] = path
     return Record(
-        folder=folder,
+        name=folder.resolve().name,
         run=run.header,
         trained=trained,
         held_out=held_out,

@@ -56,7 +56,7 @@ def print_summary(folder: Path, console: Console) -> None:
         f"[bold]{escape(record.name)}[/bold]  preset {escape(figures['preset'])}, seed {figures['seed']}, {state}"
     )
     for sentence in (
-        words.learned(figures, len(record.trained)),
+        words.learned(figures, record.tasks_done),
         words.forgotten(figures),
         words.untaught(figures, len(record.held_out)),
     ):
@@ -66,20 +66,12 @@ def print_summary(folder: Path, console: Console) -> None:
         console.print(_matrix_table(figures["decoders"][decoder]["matrix"], decoder))
 
 
-def in_words(estimate: Mapping[str, float] | None, level: bool) -> str:
-    """An estimate with its interval, "+34.3 (28.1 to 40.5)"; a dash where it is not defined."""
-    if estimate is None:
-        return "–"
-    value, low, high = (words.points(estimate[key], signed=not level) for key in ("value", "low", "high"))
-    return f"{value} ({low} to {high})"
-
-
 def _figures(record: Record, decoder: str) -> dict[str, Any]:
     """The metrics and the matrix under one decoder, in percentage points."""
     matrix, so_far = record.matrix(decoder), record.so_far(decoder)
     estimates = summary(so_far) if so_far else {}
     rates = [[None if np.isnan(rate) else float(rate) for rate in row] for row in 100 * matrix.rates()]
-    figures: dict[str, Any] = {metric.key: _percent(estimates.get(metric.key)) for metric in words.METRICS}
+    figures: dict[str, Any] = {metric.key: percent(estimates.get(metric.key)) for metric in words.METRICS}
     figures["matrix"] = {
         "rows": list(record.row_names),
         "columns": list(matrix.tasks),
@@ -90,7 +82,8 @@ def _figures(record: Record, decoder: str) -> dict[str, Any]:
     return figures
 
 
-def _percent(estimate: Estimate | None) -> dict[str, float] | None:
+def percent(estimate: Estimate | None) -> dict[str, float] | None:
+    """`{value, low, high, n}` in percentage points."""
     if estimate is None:
         return None
     value, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
@@ -100,9 +93,12 @@ def _percent(estimate: Estimate | None) -> dict[str, float] | None:
 def _metrics_table(decoders: Mapping[str, Mapping[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table("metric", *decoders, title="Metrics in percentage points, 95 % intervals", title_justify="left")
+    title = "Metrics in percentage points, with 95 % intervals"
+    table = Table("metric", *decoders, title=title, title_justify="left")
     for metric in words.METRICS:
-        table.add_row(metric.name, *(in_words(figures[metric.key], metric.level) for figures in decoders.values()))
+        table.add_row(
+            metric.name, *(words.estimate(figures[metric.key], metric.level) for figures in decoders.values())
+        )
     return table
 
 
@@ -115,5 +111,5 @@ def _matrix_table(matrix: Mapping[str, Any], decoder: str) -> Any:
     for index, column in enumerate(matrix["columns"]):
         table.add_column(escape(column) + ("" if index < matrix["trained"] else " (held out)"), justify="right")
     for label, rates in zip(matrix["rows"], matrix["rates"], strict=True):
-        table.add_row(escape(label), *("–" if rate is None else words.rate(rate) for rate in rates))
+        table.add_row(escape(label), *(words.DASH if rate is None else words.rate(rate) for rate in rates))
     return table

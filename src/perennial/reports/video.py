@@ -34,13 +34,14 @@ def encode(frames: np.ndarray, path: Path, fps: int = 20) -> None:
         import av
     except ImportError as error:
         raise PerennialError(
-            f"Videos need PyAV, which cannot be imported ({error}); install it with: pip install 'perennial[metaworld]'."
+            f"Videos need PyAV, which cannot be imported ({error}); "
+            "install it with: pip install 'perennial[metaworld]'."
         ) from error
     height, width = frames.shape[1:3]
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     film = io.BytesIO()
     with av.open(film, "w", format="mp4") as container:
-        # One thread: x264's output depends on the number of threads, and a run's files should not depend on the machine.
+        # x264's output depends on the number of threads, and a run's files should not depend on the machine.
         options = {"crf": str(QUALITY), "preset": "slow", "threads": "1"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = even.shape[1:3]

@@ -10,6 +10,10 @@ Estimate = Mapping[str, float]
 """`{value, low, high, n}` in percentage points, as in `report_json`."""
 
 
+DASH = "\u2013"
+"""Stands for what is undefined or not measured yet."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """A column of the reports: its key in the JSON, and what it says. A level is a rate; the others are differences."""
@@ -45,6 +49,14 @@ def points(value: float, signed: bool = False) -> str:
     return f"{rounded:{'+' if signed and rounded else ''}.1f}".replace("-", "\u2212")
 
 
+def estimate(found: Estimate | None, level: bool) -> str:
+    """An estimate with its interval: "+34.3 (+28.1 to +40.5)", a rate without signs, a dash where it is undefined."""
+    if found is None:
+        return DASH
+    value, low, high = (points(found[key], signed=not level) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: "48 s", "12 min 5 s", "3 h 20 min"."""
     whole = round(seconds)
@@ -56,7 +68,7 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, thing: str) -> str:
-    """ "1 task", "2 tasks"."""
+    """A number of things: "1 task", "2 tasks"."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
@@ -66,7 +78,7 @@ def rate(value: float) -> str:
 
 
 def interval(estimate: Estimate, signed: bool) -> str:
-    """ "95 % interval -1.0 to +4.0"."""
+    """Both ends: "95 % interval -1.0 to +4.0"."""
     return f"95\u00a0% interval {points(estimate['low'], signed)} to {points(estimate['high'], signed)}"
 
 

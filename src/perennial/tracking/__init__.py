@@ -1,1 +1,1 @@
-"""Trackers mirror a run's numbers elsewhere. One file a tracker; `metrics.jsonl` in the run folder is always written."""
+"""Trackers mirror a run's numbers elsewhere, one file a tracker; the run folder always keeps them itself."""
