@@ -13,7 +13,7 @@ from perennial.strategies.sequential import Sequential
 from perennial.strategies.slca import SLCA
 from perennial.testing.strategy_conformance import CHECKS
 
-SMALL = {"capacity": 8, "episodes": 24}
+SMALL = {"capacity": 4, "episodes": 32}
 CASES = {
     "sequential": Sequential,
     "ewc": lambda: EWC(coefficient=1.0, decay=0.9, episodes=4, samples=8),

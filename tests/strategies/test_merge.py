@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+
+from perennial.errors import PerennialError
+from perennial.randomness import stream
+from perennial.strategies.merge import Merge, average_factors
+from strategies.worlds import TASKS, no_episodes, policy, shake
+
+
+def learn(merge, learner, seed):
+    """Acting weights before, after learning, and after merging."""
+    merge.before_task(TASKS["left"], learner)
+    before = learner.acting_weights()
+    shake(learner, seed)
+    learned = learner.acting_weights()
+    merge.after_task(TASKS["left"], learner, no_episodes)
+    return before, learned, learner.acting_weights()
+
+
+def assert_same(left, right, **tolerance):
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_alpha_0_keeps_the_old_and_alpha_1_the_new_weights_exactly(adapter):
+    learner = policy(adapter)
+    learn(Merge(alpha=0.6), learner, seed=1)
+    before, _, merged = learn(Merge(alpha=0.0), learner, seed=2)
+    assert_same(merged, before)
+    _, learned, merged = learn(Merge(alpha=1.0), learner, seed=3)
+    assert_same(merged, learned)
+
+
+def test_full_fine_tuning_is_averaged_exactly_task_after_task():
+    learner, merge = policy(), Merge(alpha=0.25)
+    for seed in range(3):
+        before, learned, merged = learn(merge, learner, seed)
+        assert_same(merged, {n: 0.75 * before[n] + 0.25 * learned[n] for n in before}, rtol=1e-6, atol=1e-7)
+
+
+def test_the_first_adapter_is_averaged_exactly():
+    learner = policy(adapter=True)
+    before, learned, merged = learn(Merge(alpha=0.25), learner, seed=0)
+    assert_same(merged, {n: 0.75 * before[n] + 0.25 * learned[n] for n in before}, rtol=1e-5, atol=1e-6)
+
+
+def test_later_adapters_become_the_nearest_ones_of_their_rank():
+    learner, base, merge = policy(adapter=True), policy().acting_weights(), Merge(alpha=0.4)
+    learn(merge, learner, seed=0)
+    before, learned, merged = learn(merge, learner, seed=1)
+    for name in (name for name in base if name.endswith("weight")):
+        average = (0.6 * before[name] + 0.4 * learned[name] - base[name]).double().numpy()
+        u, s, v = np.linalg.svd(average, full_matrices=False)
+        nearest = (u[:, :3] * s[:3]) @ v[:3]
+        np.testing.assert_allclose((merged[name] - base[name]).numpy(), nearest, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_parameter_groups_can_differ(adapter):
+    learner = policy(adapter)
+    before, learned, merged = learn(Merge(alpha=0.5, vision=1.0, language=0.0), learner, seed=0)
+    torch.testing.assert_close(merged["vision.weight"], learned["vision.weight"])
+    torch.testing.assert_close(merged["language.weight"], before["language.weight"])
+    middle = (before["head.weight"] + learned["head.weight"]) / 2
+    torch.testing.assert_close(merged["head.weight"], middle, rtol=1e-5, atol=1e-6)
+
+
+def test_no_direction_of_the_adapter_dies():
+    rng = stream(0, "factors")
+    b, a = (torch.from_numpy(rng.normal(0, 1, shape)).float() for shape in ((10, 4), (4, 8)))
+    up, down = average_factors((torch.zeros(10, 4), a), (torch.zeros(10, 4), a), alpha=0.5)
+    assert torch.equal(up, torch.zeros(10, 4))
+    assert float(down.norm(dim=1).min()) == pytest.approx(float(a.norm()) / 2, rel=1e-5)
+    up, down = average_factors((torch.zeros(10, 4), a), (b, a), alpha=0.5)
+    torch.testing.assert_close(up @ down, 0.5 * b @ a, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (8, 1), (2, 2), (9, 7)])
+def test_layers_smaller_than_the_rank_lose_nothing(rows, columns):
+    rng = stream(1, "factors")
+    pairs = [[torch.from_numpy(rng.normal(0, 1, s)).float() for s in ((rows, 4), (4, columns))] for _ in range(2)]
+    up, down = average_factors(*pairs, alpha=0.3)
+    assert up.shape == (rows, 4)
+    assert down.shape == (4, columns)
+    exact = 0.7 * pairs[0][0] @ pairs[0][1] + 0.3 * pairs[1][0] @ pairs[1][1]
+    if min(rows, columns) <= 4:
+        torch.testing.assert_close(up @ down, exact, rtol=1e-4, atol=1e-5)
+    else:
+        assert 0 < (up @ down - exact).norm() < exact.norm()
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 1.2}, {"language": -0.1}])
+def test_senseless_settings_are_refused(wrong):
+    with pytest.raises(PerennialError, match="between 0 and 1"):
+        Merge(**wrong)
