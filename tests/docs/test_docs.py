@@ -8,16 +8,20 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from perennial import cli
+from perennial.testing import strategy_conformance
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^ *```(bash|console|sh|shell) *\n(.*?)^ *``` *$", re.MULTILINE | re.DOTALL)
+PYTHON_FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 BEFORE_A_COMMAND = re.compile(r"do|time|nohup|[A-Z_]+=.*")
 QUICK = {"list"}
@@ -116,20 +120,30 @@ EXAMPLES = [
     for page in PAGES
     if page.exists()
     for text in [page.read_text(encoding="utf-8")]
-    for fence in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for fence in PYTHON_FENCE.finditer(text)
 ]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_every_python_example_parses_and_imports_what_exists(example):
     for node in ast.walk(ast.parse(example)):
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and not node.module.startswith("my_package"):
             module = importlib.import_module(node.module)
             for alias in node.names:
                 assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}")
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 assert importlib.util.find_spec(alias.name), alias.name
+
+
+@pytest.mark.parametrize("check", strategy_conformance.CHECKS, ids=lambda check: check.__name__)
+def test_the_example_strategy_conforms(check, monkeypatch):
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (source,) = [fence for fence in PYTHON_FENCE.findall(page) if "class Tether" in fence]
+    module = types.ModuleType("tether")
+    monkeypatch.setitem(sys.modules, "tether", module)  # dataclasses look their annotations up there
+    exec(source, module.__dict__)
+    check(lambda: module.Tether(coefficient=0.5))
 
 
 SAMPLE = """
