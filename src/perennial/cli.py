@@ -1,6 +1,6 @@
 """The command line. Each command is one small dataclass; heavy modules are imported only when a command runs.
 
-    perennial run demo --seed 1 --recipe.grpo.groups 8
+perennial run demo --seed 1 --recipe.grpo.groups 8
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Run:
     def __call__(self, overrides: dict[str, str]) -> None:
         """Resolve the configuration and run it."""
         from perennial import config as configuration
-        from perennial import experiment, overrides as dotted
+        from perennial import experiment
+        from perennial import overrides as dotted
 
         config = dotted.apply(configuration.preset(self.preset), overrides)
         configuration.validate(config)

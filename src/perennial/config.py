@@ -172,10 +172,9 @@ def _check_ranges(value: Any, path: str = "") -> None:
                 _check_ranges(part, f"{name}.{getattr(part, 'name', '')}.")
         elif is_dataclass(child):
             _check_ranges(child, f"{name}.")
-        elif isinstance(child, int | float) and not isinstance(child, bool):
-            if child < 0 or (child == 0 and f.name not in NON_NEGATIVE and not f.name.startswith("dropout")):
-                least = "0 or more" if f.name in NON_NEGATIVE else "above 0"
-                raise PerennialError(f"--{name} is {child}, but it must be {least}.")
+        elif isinstance(child, int | float) and (child < 0 or (child == 0 and f.name not in NON_NEGATIVE)):
+            least = "0 or more" if f.name in NON_NEGATIVE else "above 0"
+            raise PerennialError(f"--{name} is {child}, but it must be {least}.")
     if isinstance(value, GRPO) and value.group_size < 2:
         raise PerennialError(f"--{path}group_size is {value.group_size}, but a group needs at least 2 rollouts.")
 

@@ -19,9 +19,9 @@ import torch
 from perennial import config as configuration
 from perennial import faults, overrides
 from perennial.config import Config
-from perennial.machine import describe_machine
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.stage import Iteration, learn
+from perennial.machine import describe_machine
 from perennial.policies._learned import save_learned
 from perennial.reports import page, video
 from perennial.rollout.trajectory import Episode, Trajectory
@@ -99,8 +99,8 @@ def _finish_iteration(session: Session, phase: int, stage: int, total: int, done
     session.display.iteration(label, done, total)
     if done.metrics["kept"] == 0:
         session.display.say(
-            f"[yellow]No learning signal: all {done.episodes} episodes of {label} ended alike, so nothing was learned in "
-            "this iteration. Check what the base checkpoint can do with `perennial evaluate`.[/yellow]"
+            f"[yellow]No learning signal: the {done.episodes} episodes of {label} ended alike in every group, so nothing "
+            "was learned. Check what the base checkpoint can do with `perennial evaluate`.[/yellow]"
         )
     row = {"event": "iteration", "task": label, **place, "objective": objective, **played, **done.metrics}
     session.folder.log("metrics", row)
@@ -142,7 +142,19 @@ def _evaluate_row(session: Session, row: int) -> None:
     if config.film and row in (0, len(session.config.phases)):
         for name in (*session.config.tasks.trained, *session.config.tasks.held_out):
             _film(session, row, session.suite.tasks[name])
+    _say_row(session, row)
     page.write(session.folder.path)
+
+
+def _say_row(session: Session, row: int) -> None:
+    """One line with the row's success rates by the headline decoder."""
+    rates = []
+    for cell in cells(session.config, row)[: len(session.config.tasks.trained) + len(session.config.tasks.held_out)]:
+        outcome = session.folder.cell(cell)
+        assert outcome is not None
+        rates.append(f"{cell.task} {sum(outcome.successes) / len(outcome.successes):.0%}")
+    title = "base checkpoint" if row == 0 else f"after {row} of {len(session.config.phases)}"
+    session.display.say(f"[bold]{title}[/bold]  {'  '.join(rates)}")
 
 
 def _film(session: Session, row: int, task: Task) -> None:

@@ -9,7 +9,7 @@ from typing import Self
 from perennial.errors import PerennialError
 
 
-class Interrupted(PerennialError):
+class InterruptedRunError(PerennialError):
     """The run was asked to stop and has committed its state."""
 
     exit_code = 130

@@ -112,7 +112,7 @@ def _set_kind(parts: tuple[Any, ...], room: str, rest: list[str], text: str, who
     if not rest:
         chosen = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
         present = {part.name: part for part in parts}
-        return tuple(present.get(name) or discovery.find(room, name, base)() for name in chosen)
+        return tuple(present.get(name) or discovery.find(room, name, base)() for name in chosen)  # type: ignore[misc]
     name, *inner = rest
     if name not in [part.name for part in parts] or not inner:
         raise unknown(f"part for --{whole}", name, [part.name for part in parts])
@@ -130,7 +130,7 @@ def parse(kind: Any, text: str, name: str) -> Any:
         if text.lower() == "none":
             return None
         inner = next(option for option in arguments if option is not type(None))
-        return inner() if is_dataclass(inner) and text in ("", "default") else parse(inner, text, name)
+        return parse(inner, text, name)
     if origin is tuple:
         items = [item.strip() for item in text.split(",") if item.strip()]
         inner_kinds = [arguments[0]] * len(items) if len(arguments) == 2 and arguments[1] is ... else arguments
@@ -145,13 +145,13 @@ def parse(kind: Any, text: str, name: str) -> Any:
         return text.lower() == "true"
     if kind in (int, float):
         try:
-            return kind(text)
+            return int(text) if kind is int else float(text)
         except ValueError:
             pass
     if kind is str:
         return text
     if dataclasses.is_dataclass(kind):
-        raise PerennialError(f"{name} has settings of its own; set one of them, for example {name}.{fields(kind)[0].name}.")
+        raise PerennialError(f"{name} has settings of its own; set one, for example {name}.{fields(kind)[0].name}.")
     raise PerennialError(f"{name} is {json.dumps(text)}, but it must be {_article(kind)}.")
 
 

@@ -12,7 +12,7 @@ from perennial import config as configuration
 from perennial import discovery
 from perennial.config import Config
 from perennial.display import Display
-from perennial.interrupt import Interrupted, TwoStageInterrupt
+from perennial.interrupt import InterruptedRunError, TwoStageInterrupt
 from perennial.learning.base import Objective
 from perennial.learning.optimizer import build_optimizer
 from perennial.policies._learned import load_learned, save_learned
@@ -74,7 +74,9 @@ class Session:
     def stop_if_asked(self) -> None:
         """End the run cleanly after the first Ctrl-C."""
         if self.interrupt.requested:
-            raise Interrupted(f"Stopped with everything committed; continue with `perennial resume {self.folder.path}`.")
+            raise InterruptedRunError(
+                f"Stopped with everything committed; continue by `perennial resume {self.folder.path}`."
+            )
 
     def stage_optimizer(self, objective: Objective, cursor: Cursor) -> torch.optim.AdamW:
         """The optimiser of a stage: fresh at its first iteration, else as it was committed."""

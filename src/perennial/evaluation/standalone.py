@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,13 +44,13 @@ def evaluate(options: Evaluate, console: Console) -> None:
     for name in options.tasks:
         if name not in suite.tasks:
             raise unknown(f"task in suite {cast.suite!r}", name, suite.tasks)
-    rows = []
+    rows: list[dict[str, float | str]] = []
     with closing(start_workers(WorkerConfig(), cast, policy.acting_weights())) as workers:
         for name in track(options.tasks or tasks, "evaluating", console=console, disable=options.json):
             episodes = evaluation_episodes(suite.tasks[name], options.variant, options.episodes, options.temperature)
             successes = [t.success for t in workers.collect(episodes)]
             estimate = wilson(sum(successes), len(successes))
-            rows.append({"task": name, "value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n})
+            rows.append({"task": name, **asdict(estimate)})
     if options.json:
         print(json.dumps({"variant": options.variant, "temperature": options.temperature, "tasks": rows}))
     else:

@@ -19,6 +19,7 @@ from perennial.rollout.workers import Workers
 from perennial.strategies._composition import Strategies
 from perennial.suites.base import Task
 
+
 @dataclass(frozen=True)
 class Iteration:
     """What one iteration did, for logs and displays.

@@ -75,7 +75,7 @@ class OpenVLAOFT(Policy):
         tokenizer = train_tokenizer(sentences)
         stats = NormStats(_quantiles(actions), _quantiles(states))
         return cls.create(
-            small_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(_tokenizer.BOS), stats), tokenizer, seed
+            small_config(tokenizer.get_vocab_size(), int(tokenizer.token_to_id(_tokenizer.BOS) or 0), stats), tokenizer, seed
         )
 
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:

@@ -164,9 +164,7 @@ class ProcessWorkers:
         context = multiprocessing.get_context("spawn")
 
         def start(connection: Connection) -> BaseProcess:
-            process = context.Process(
-                target=_serve, args=(connection, cast, config.slots, self._flat), daemon=True
-            )
+            process = context.Process(target=_serve, args=(connection, cast, config.slots, self._flat), daemon=True)
             process.start()
             return process
 
@@ -236,7 +234,7 @@ def _serve(connection: Connection, cast: Cast, slots: int, flat: Tensor) -> None
             episodes = connection.recv()
             try:
                 trajectories = play(
-                    policy, environments, episodes, cast.seed, slots, lambda steps, success: connection.send((steps, success))
+                    policy, environments, episodes, cast.seed, slots, lambda *done: connection.send(done)
                 )
             except PerennialError as error:
                 connection.send(error)
