@@ -98,15 +98,6 @@ def verify(folder: Path) -> None:
             raise PerennialError(f"{path} is damaged: its SHA-256 is not the one in its manifest; {advice}.")
 
 
-def is_committed(folder: Path) -> bool:
-    """Whether `folder` passes `verify`."""
-    try:
-        verify(folder)
-    except PerennialError:
-        return False
-    return True
-
-
 def clean(root: Path) -> None:
     """Remove what interrupted writes left anywhere below `root`; only safe while nothing writes there.
 

@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+from matrices import HAND_MADE, matrix_of_rates, simulated
+
+from perennial.errors import PerennialError
+from perennial.evaluation import statistics
+from perennial.evaluation.metrics import METRICS
+from perennial.evaluation.statistics import difference, summary, summary_of_runs, wilson
+from perennial.evaluation.success_matrix import SuccessMatrix
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "low", "high"),
+    [  # Newcombe, Statistics in Medicine 17 (1998), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_intervals_as_published(successes, episodes, low, high):
+    estimate = wilson(successes, episodes)
+    assert (estimate.low, estimate.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+    assert (estimate.value, estimate.n) == (successes / episodes, episodes)
+
+
+def test_values_and_episodes_of_a_matrix_computed_by_hand():
+    found = summary(matrix_of_rates(HAND_MADE, trained=3, episodes=10))
+    expected = {
+        "avg": (0.8, 3 * 10),
+        "gain": (0.6, 6 * 10),
+        "nbt": (0.15, 4 * 10),
+        "fwt": (0.2, 4 * 10),
+        "zs": (0.3, 2 * 10),
+        "zs_gain": (-0.2, 4 * 10),
+    }
+    assert {name: (pytest.approx(e.value), e.n) for name, e in found.items()} == expected
+    assert all(e.low < e.value < e.high for e in found.values())
+
+
+def test_undefined_metrics_and_unfinished_runs_are_none_not_zero():
+    single = summary(matrix_of_rates([[0.2], [0.9]], trained=1))
+    assert {name for name, estimate in single.items() if estimate is None} == {"nbt", "fwt", "zs", "zs_gain"}
+    rates = np.array(HAND_MADE)
+    rates[3] = np.nan
+    unfinished = summary(matrix_of_rates(rates.tolist(), trained=3))
+    assert {name for name, estimate in unfinished.items() if estimate is not None} == {"fwt"}
+    nothing = SuccessMatrix(("a", "b"), ("c",), ({}, {}, {}))
+    assert set(summary(nothing).values()) == {None}
+
+
+def test_a_policy_that_never_changes_gains_and_forgets_nothing():
+    found = summary(matrix_of_rates([HAND_MADE[0]] * 4, trained=3))
+    for name in ("gain", "nbt", "fwt", "zs_gain"):
+        assert found[name].value == 0
+        assert found[name].low < 0 < found[name].high
+
+
+def test_the_interval_of_one_rate_is_as_wide_as_theory_says():
+    found = summary(matrix_of_rates([[0.3], [0.6]], trained=1, episodes=200))["avg"]
+    assert found.high - found.low == pytest.approx(2 * 1.96 * (0.6 * 0.4 / 200) ** 0.5, rel=0.08)
+
+
+def test_rows_share_their_resampled_states():
+    # States solved by the base stay solved, so the gain of 0.3 varies as a single rate does.
+    found = summary(matrix_of_rates([[0.3], [0.6]], trained=1, episodes=200))["gain"]
+    assert found.high - found.low == pytest.approx(2 * 1.96 * (0.3 * 0.7 / 200) ** 0.5, rel=0.08)
+
+
+def test_certainty_is_never_claimed():
+    perfect = summary(matrix_of_rates([[0.0] * 4] + [[1.0] * 4] * 3, trained=3, episodes=40))
+    assert perfect["avg"].high == 1
+    assert 0.93 < perfect["avg"].low < 0.99
+    assert 0.02 < perfect["nbt"].high < 0.07
+    assert perfect["nbt"].low < 0
+
+
+def test_an_estimate_is_the_same_every_time():
+    matrix = simulated(HAND_MADE, 3, 20, np.random.default_rng(0))
+    assert summary(matrix) == summary(matrix)
+
+
+@pytest.mark.parametrize("levels", [(0.3, 0.6), (0.9, 0.99)])
+def test_nineteen_of_twenty_intervals_hold_the_truth(monkeypatch, levels):
+    monkeypatch.setattr(statistics, "RESAMPLES", 300)
+    rng = np.random.default_rng(1)
+    truth = np.linspace(*levels, 4)[:, None] * np.ones(5)
+    hits = dict.fromkeys(METRICS, 0)
+    for _ in range(200):
+        for name, estimate in summary(simulated(truth, 3, 40, rng)).items():
+            hits[name] += estimate.low - 1e-12 <= METRICS[name](truth, 3) <= estimate.high + 1e-12
+    assert all(count >= 180 for count in hits.values()), hits
+    assert min(hits.values()) <= 198, "intervals that always hold the truth are too wide"
+
+
+def test_runs_are_averaged_and_counted():
+    runs = [matrix_of_rates([[0.1, 0.1], [level, 0.1], [level, level]], trained=2) for level in (0.2, 0.5, 0.8)]
+    found = summary_of_runs(runs)
+    assert (found["avg"].value, found["avg"].n) == (pytest.approx(0.5), 3)
+    assert found["avg"].low < 0.36
+    assert found["avg"].high > 0.64
+    assert found["zs"] is None
+
+
+def test_runs_that_agree_still_carry_the_uncertainty_of_their_episodes():
+    rates = [[0.1, 0.1], [0.5, 0.1], [0.5, 0.5]]
+    matrix = matrix_of_rates(rates, trained=2, episodes=200)
+    one, four = summary(matrix)["avg"], summary_of_runs([matrix] * 4)["avg"]
+    assert four.high - four.low == pytest.approx((one.high - one.low) / 2, rel=0.1)
+
+
+def test_an_unfinished_run_among_several_leaves_the_metric_undefined():
+    done = matrix_of_rates([[0.1, 0.1], [0.5, 0.1], [0.5, 0.5]], trained=2)
+    under_way = matrix_of_rates([[0.1, 0.1], [0.5, 0.1], [np.nan, np.nan]], trained=2)
+    assert summary_of_runs([done, under_way])["avg"] is None
+
+
+def test_runs_of_different_tasks_are_not_averaged():
+    first, second = matrix_of_rates([[0.1], [0.2]], trained=1), matrix_of_rates([[0.1, 0.1], [0.2, 0.2]], trained=1)
+    with pytest.raises(PerennialError, match="different tasks"):
+        summary_of_runs([first, second])
+    with pytest.raises(PerennialError, match="no run"):
+        summary_of_runs([])
+
+
+def test_the_difference_of_a_run_to_itself_is_zero_and_sharp():
+    matrix = simulated(HAND_MADE, 3, 40, np.random.default_rng(0))
+    alone = summary(matrix)
+    for name, estimate in difference(matrix, matrix).items():
+        assert estimate.value == 0
+        assert estimate.low <= 0 <= estimate.high
+        assert estimate.high - estimate.low < 0.6 * (alone[name].high - alone[name].low)
+        assert estimate.n == 2 * alone[name].n
+
+
+def test_differences_are_second_minus_first_on_common_tasks_and_states():
+    first = matrix_of_rates([[0.1, 0.1, 0.5]] + [[0.6, 0.6, 0.5]] * 2, trained=2, episodes=20)
+    # The other order of tasks, and half as many states, of which all are solved at last.
+    order = ("task1", "task0")
+    rows = tuple({task: np.arange(10) < (10 if row else 2) for task in order} for row in range(3))
+    found = difference(first, SuccessMatrix(order, (), rows))
+    # On its first 10 states, `first` has rates 0.2 before and 1.0 after.
+    assert {name: e and pytest.approx(e.value) for name, e in found.items()} == {
+        "avg": 0.0,
+        "gain": 0.0,
+        "nbt": 0.0,
+        "fwt": 0.0,
+        "zs": None,
+        "zs_gain": None,
+    }
+    worse = difference(first, SuccessMatrix(order, (), (rows[0], rows[0], rows[0])))
+    assert worse["avg"].value == pytest.approx(-0.8)
+    assert worse["avg"].high < -0.4
+    assert worse["avg"].n == 2 * 2 * 10
+
+
+def test_joint_training_is_compared_where_it_can_be():
+    sequential = matrix_of_rates([[0.1, 0.1, 0.5], [0.6, 0.1, 0.5], [0.6, 0.6, 0.5]], trained=2)
+    joint = matrix_of_rates([[0.1, 0.1, 0.5], [0.9, 0.7, 0.3]], trained=2)
+    found = difference(sequential, joint)
+    assert {name: e and pytest.approx(e.value) for name, e in found.items()} == {
+        "avg": 0.2,
+        "gain": 0.2,
+        "nbt": None,
+        "fwt": None,
+        "zs": -0.2,
+        "zs_gain": -0.2,
+    }
+
+
+def test_some_common_tasks_give_no_forgetting_but_an_average():
+    three = matrix_of_rates([[0.1] * 3, [0.6] * 3, [0.6] * 3, [0.6] * 3], trained=3)
+    two = matrix_of_rates([[0.1] * 2, [0.6] * 2, [0.9] * 2], trained=2)
+    found = difference(three, two)
+    assert found["avg"].value == pytest.approx(0.3)
+    assert found["nbt"] is None
+
+
+def test_runs_without_a_common_task_have_no_difference():
+    other = SuccessMatrix(("x",), (), ({"x": np.ones(3, bool)}, {"x": np.ones(3, bool)}))
+    with pytest.raises(PerennialError, match="no task in common: one teaches task0, the other x"):
+        difference(matrix_of_rates([[0.1], [0.2]], trained=1), other)
