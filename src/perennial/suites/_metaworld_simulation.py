@@ -11,12 +11,13 @@ import copy
 import functools
 import math
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import metaworld.policies
 import mujoco
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 from perennial.randomness import stream
 from perennial.suites._metaworld_variants import CAMERA, VARIANTS
@@ -59,14 +60,8 @@ def compiled(path: str, variant: str) -> Any:
     return model
 
 
-if TYPE_CHECKING:
-    _MetaWorldEnv = Any
-else:
-    _MetaWorldEnv = object
-
-
-class Simulation(_MetaWorldEnv):
-    """What is changed in a Meta-World environment; mixed in before the environment's own class.
+class Simulation(SawyerXYZEnv):  # type: ignore[misc]
+    """What is changed in every Meta-World environment; put before the class of the task.
 
     Attributes:
         observation: Meta-World's own, float64 [39], with the goal visible.
@@ -139,8 +134,9 @@ class Simulation(_MetaWorldEnv):
         inner, outer = VARIANTS[self._variant].shell
         distance = self._rng.uniform(inner ** free.sum(), outer ** free.sum()) ** (1 / free.sum())
         point[free] *= distance / np.abs(point[free]).max()
-        self._last_rand_vec = centre + half * point
-        return self._last_rand_vec
+        vector: np.ndarray = centre + half * point
+        self._last_rand_vec = vector
+        return vector
 
     def advance(self, action: np.ndarray) -> bool:
         """One control step with `action`, float32 [4] in [-1, 1]; whether the task is solved."""
@@ -193,7 +189,7 @@ class Simulation(_MetaWorldEnv):
         force = self.data.efc_force
         address = self.data.contact.efc_address
         pads = (self.data.geom(name).id for name in ("leftpad_geom", "rightpad_geom"))
-        return all(0 < force[address[touching & (pairs == pad).any(1)]].sum() for pad in pads)
+        return all(force[address[touching & (pairs == pad).any(1)]].sum() > 0 for pad in pads)
 
 
 @functools.cache
@@ -217,4 +213,5 @@ class ScriptedExpert:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns whenever clipping is needed
             action = self._policy.get_action(environment.privileged())
-        return np.clip(action, -1, 1).astype(np.float32)
+        clipped: np.ndarray = np.clip(action, -1, 1).astype(np.float32)
+        return clipped

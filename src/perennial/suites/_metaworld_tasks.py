@@ -64,16 +64,16 @@ _SENTENCES = {
         "lift the round nut off the peg",
     ),
     "door-close-v3": ("close the door", "push the door shut", "shut the door"),
-    "door-lock-v3": ("lock the door", "turn the lock of the door shut", "lock the door by turning its lock"),
-    "door-open-v3": ("open the door", "pull the door open", "pull open the door by its handle"),
-    "door-unlock-v3": ("unlock the door", "turn the lock of the door open", "unlock the door by turning its lock"),
+    "door-lock-v3": ("lock the door", "turn the lock of the door shut", "turn the lock to lock the door"),
+    "door-open-v3": ("open the door", "pull the door open", "pull open the door"),
+    "door-unlock-v3": ("unlock the door", "turn the lock of the door open", "turn the lock to unlock the door"),
     "hand-insert-v3": (
         "insert the hand into the hole",
         "put the gripper in the hole",
         "insert the gripper into the hole",
     ),
     "drawer-close-v3": ("close the drawer", "push the drawer shut", "shut the drawer"),
-    "drawer-open-v3": ("open the drawer", "pull the drawer open", "pull open the drawer by its handle"),
+    "drawer-open-v3": ("open the drawer", "pull the drawer open", "pull open the drawer"),
     "faucet-open-v3": ("open the faucet", "turn the faucet on", "turn on the faucet"),
     "faucet-close-v3": ("close the faucet", "turn the faucet off", "turn off the faucet"),
     "hammer-v3": ("hammer the nail in", "hit the nail with the hammer", "use the hammer to hit the nail"),
@@ -104,7 +104,7 @@ _SENTENCES = {
     "plate-slide-v3": (
         "slide the plate into the cabinet",
         "push the plate forward into the cabinet",
-        "move the plate into the cabinet",
+        "push the plate into the cabinet",
     ),
     "plate-slide-side-v3": (
         "slide the plate sideways into the cabinet",
@@ -170,8 +170,8 @@ _SENTENCES = {
     ),
     "sweep-into-v3": ("sweep the puck into the hole", "push the puck into the hole", "move the puck into the hole"),
     "sweep-v3": ("sweep the puck off the table", "push the puck off the table", "move the puck off the table"),
-    "window-open-v3": ("open the window", "push the window open", "slide open the window"),
-    "window-close-v3": ("close the window", "push the window shut", "shut the window"),
+    "window-open-v3": ("open the window", "slide the window open", "slide open the window"),
+    "window-close-v3": ("close the window", "slide the window shut", "shut the window"),
 }
 
 _HORIZON = 120

@@ -1,0 +1,113 @@
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from perennial.errors import PerennialError
+from perennial.suites import _mujoco
+from perennial.suites._mujoco import borrow, choose_gl, give_back, render_check
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Says which libraries and device nodes there are."""
+
+    def describe(libraries, gpu):
+        monkeypatch.delenv("MUJOCO_GL", raising=False)
+        monkeypatch.setattr(_mujoco, "_loadable", lambda backend: backend in libraries)
+        monkeypatch.setattr(_mujoco.Path, "exists", lambda path: gpu and str(path) == "/dev/nvidia0")
+
+    return describe
+
+
+@pytest.mark.parametrize(
+    ("libraries", "gpu", "chosen"),
+    [
+        ({"egl", "osmesa"}, False, "osmesa"),
+        ({"egl", "osmesa"}, True, "egl"),
+        ({"egl"}, False, "egl"),
+        ({"osmesa"}, True, "osmesa"),
+    ],
+)
+def test_a_gpu_is_used_where_there_is_one(machine, libraries, gpu, chosen):
+    machine(libraries, gpu)
+    assert choose_gl() == os.environ["MUJOCO_GL"] == chosen
+
+
+def test_the_users_choice_is_respected(machine, monkeypatch):
+    machine({"egl", "osmesa"}, True)
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    assert choose_gl() == os.environ["MUJOCO_GL"] == "glfw"
+
+
+def test_without_a_library_the_package_to_install_is_named(machine):
+    machine(set(), True)
+    with pytest.raises(PerennialError, match="libosmesa6"):
+        choose_gl()
+    assert "MUJOCO_GL" not in os.environ
+
+
+class FakePainter:
+    def __init__(self):
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_shared_painter_lives_as_long_as_somebody_holds_it():
+    built = []
+
+    def build():
+        built.append(FakePainter())
+        return built[-1]
+
+    one, two = borrow("key", build), borrow("key", build)
+    assert one is two
+    assert len(built) == 1
+    give_back("key")
+    assert not one.closed
+    give_back("key")
+    assert one.closed
+    three = borrow("key", build)
+    assert three is not one
+    give_back("key")
+
+
+@pytest.mark.simulator
+def test_the_check_draws_a_red_box_on_green_ground():
+    picture = render_check().astype(int)
+    assert picture.shape == (64, 64, 3)
+    centre, corner = picture[34, 32], picture[60, 4]
+    assert centre[0] > 2 * centre[1:].max()
+    assert corner[1] > 1.5 * corner[[0, 2]].max()
+
+
+@pytest.mark.simulator
+def test_leaving_without_closing_is_silent():
+    code = (
+        "from perennial.suites.metaworld import MetaWorld; e = MetaWorld().make('reach-v3'); e.reset(); "
+        "e.render(); e.film(32)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Error" not in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.simulator
+def test_one_painter_serves_all_environments_of_a_task():
+    from perennial.suites.metaworld import MetaWorld
+
+    environments = [MetaWorld().make("reach-v3") for _ in range(3)]
+    images = []
+    for index, environment in enumerate(environments):
+        environment.reset(options={"split": "training", "index": index % 2})
+        images.append(environment.render())
+    assert len([key for key in _mujoco._shared if key[0] == "reach-v3"]) == 1
+    np.testing.assert_array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], images[1])
+    for environment in environments:
+        environment.close()
+    assert not [key for key in _mujoco._shared if key[0] == "reach-v3"]
