@@ -81,28 +81,28 @@ def _read(folders: Sequence[Path]) -> list[Record]:
 
 
 def _difference(first: Record, other: Record) -> dict[str, Any]:
-    trained = [task for task in first.trained if task in other.trained]
-    held_out = [task for task in first.held_out if task in other.held_out]
+    """`other` minus `first`, over the tasks that both have been taught so far and those that both hold out."""
+    taught = [set(record.trained[: record.tasks_done]) for record in (first, other)]
+    started = first.tasks_done and other.tasks_done
+    trained = [task for task in first.trained if all(task in tasks for tasks in taught)]
+    held_out = [task for task in first.held_out if task in other.held_out and started]
     decoders = {}
-    for decoder in first.decoders:
-        if decoder in other.decoders and first.variant == other.variant:
-            decoders[decoder] = _differences(first.so_far(decoder), other.so_far(decoder))
+    if first.variant == other.variant:
+        for decoder in (name for name in first.decoders if name in other.decoders):
+            pair = first.so_far(decoder), other.so_far(decoder)
+            decoders[decoder] = _differences(*pair, trained, held_out)
     return {"run": other.name, "against": first.name, "trained": trained, "held_out": held_out, "decoders": decoders}
 
 
-def _differences(first: SuccessMatrix | None, other: SuccessMatrix | None) -> dict[str, Any]:
+def _differences(
+    first: SuccessMatrix | None, other: SuccessMatrix | None, trained: Sequence[str], held_out: Sequence[str]
+) -> dict[str, Any]:
     """Differences in the metrics, and task by task in the last row; None where a run has not come that far."""
-    empty: dict[str, Any] = {metric.key: None for metric in words.METRICS} | {"tasks": {}}
-    if first is None or other is None:
-        return empty
-    common = [
-        *((task, "avg") for task in first.trained if task in other.trained),
-        *((task, "zs") for task in first.held_out if task in other.held_out),
-    ]
-    if not common:
-        return empty
+    if first is None or other is None or not (trained or held_out):
+        return dict.fromkeys(metric.key for metric in words.METRICS) | {"tasks": {}}
     metrics = {key: percent(found) for key, found in difference(first, other).items()}
-    tasks = {task: percent(difference(_only(first, task), _only(other, task))[key]) for task, key in common}
+    keys = dict.fromkeys(trained, "avg") | dict.fromkeys(held_out, "zs")
+    tasks = {task: percent(difference(_only(first, task), _only(other, task))[key]) for task, key in keys.items()}
     return metrics | {"tasks": tasks}
 
 
@@ -137,14 +137,15 @@ def _render(records: Sequence[Record], figures: Mapping[str, Any]) -> str:
         differences=figures["differences"],
         settings=figures["settings"],
         decoders=shared,
-        maps=[
-            {"run": record.name} | page.heat_map(record, record.variant, decoder)
-            for record in records
-            for decoder in record.decoders[:1]
-        ],
+        maps=[_heat_map(record) for record in records],
         key=[Markup(plots.key(index)) for index in range(len(records))],
         curves=_curves(records),
     )
+
+
+def _heat_map(record: Record) -> dict[str, Any]:
+    drawn = page.heat_map(record, record.variant, record.decoders[0])
+    return drawn | {"title": f"{record.name}: {drawn['title']}"}
 
 
 def _curves(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from perennial.evaluation.statistics import wilson
 from perennial.reports import plots, words
 from perennial.reports.record import Record, read
-from perennial.reports.summary import report
+from perennial.reports.summary import as_percent, report
 from perennial.storage import atomic
 
 PARTS = {"rollout": "Playing training episodes", "update": "Learning", "evaluation": "Evaluation", "commit": "Saving"}
@@ -155,7 +155,7 @@ def _heat_cell(task: str, outcome: np.ndarray | None, just_taught: bool) -> dict
         return {"just_taught": just_taught, "rate": None}
     successes, episodes = int(outcome.sum()), len(outcome)
     estimate = wilson(successes, episodes)
-    rate, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
+    rate, low, high = map(as_percent, (estimate.value, estimate.low, estimate.high))
     title = (
         f"{successes} of {words.count(episodes, 'episode')} of {task}, "
         f"95\u00a0% interval {words.points(low)} to {words.points(high)}\u00a0%"
@@ -170,7 +170,7 @@ def _videos(record: Record) -> list[dict[str, Any]]:
         ends = sorted({min(paths), max(paths)}) if paths else []
         clips = [
             {
-                "label": "Before" if row == 0 else f"After {words.count(row, 'task')}",
+                "label": f"After {words.count(sum(map(len, record.phases[:row])), 'task')}" if row else "Before",
                 "data": base64.b64encode(paths[row].read_bytes()).decode(),
             }
             for row in ends

@@ -70,7 +70,7 @@ def _figures(record: Record, decoder: str) -> dict[str, Any]:
     """The metrics and the matrix under one decoder, in percentage points."""
     matrix, so_far = record.matrix(decoder), record.so_far(decoder)
     estimates = summary(so_far) if so_far else {}
-    rates = [[None if np.isnan(rate) else float(rate) for rate in row] for row in 100 * matrix.rates()]
+    rates = [[None if np.isnan(rate) else as_percent(rate) for rate in row] for row in matrix.rates()]
     figures: dict[str, Any] = {metric.key: percent(estimates.get(metric.key)) for metric in words.METRICS}
     figures["matrix"] = {
         "rows": list(record.row_names),
@@ -82,11 +82,16 @@ def _figures(record: Record, decoder: str) -> dict[str, Any]:
     return figures
 
 
+def as_percent(share: float) -> float:
+    """`share` in percent, without the dust of binary fractions: 27.5, not 27.500000000000004."""
+    return round(100 * float(share), 9) + 0.0
+
+
 def percent(estimate: Estimate | None) -> dict[str, float] | None:
     """`{value, low, high, n}` in percentage points."""
     if estimate is None:
         return None
-    value, low, high = (100 * number for number in (estimate.value, estimate.low, estimate.high))
+    value, low, high = map(as_percent, (estimate.value, estimate.low, estimate.high))
     return {"value": value, "low": low, "high": high, "n": estimate.n}
 
 
@@ -103,13 +108,17 @@ def _metrics_table(decoders: Mapping[str, Mapping[str, Any]]) -> Any:
 
 
 def _matrix_table(matrix: Mapping[str, Any], decoder: str) -> Any:
+    """The matrix turned on its side, a task a line, because task names are long and terminals narrow."""
     from rich.markup import escape
     from rich.table import Table
 
     title = f"Success in %, {decoder}, {matrix['n']} episodes a cell"
-    table = Table("after", title=title, title_justify="left")
-    for index, column in enumerate(matrix["columns"]):
-        table.add_column(escape(column) + ("" if index < matrix["trained"] else " (held out)"), justify="right")
-    for label, rates in zip(matrix["rows"], matrix["rates"], strict=True):
-        table.add_row(escape(label), *(words.DASH if rate is None else words.rate(rate) for rate in rates))
+    table = Table("task", title=title, title_justify="left")
+    for number, _ in enumerate(matrix["rows"]):
+        table.add_column(f"after {number}" if number else "base", justify="right")
+    for index, (task, rates) in enumerate(zip(matrix["columns"], zip(*matrix["rates"], strict=True), strict=True)):
+        taught = index < matrix["trained"]
+        label = f"{index + 1} {escape(task)}" if taught else f"{escape(task)}, never taught"
+        cells = [words.DASH if rate is None else words.rate(rate) for rate in rates]
+        table.add_row(label, *cells, end_section=index + 1 == matrix["trained"])
     return table
