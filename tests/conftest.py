@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
 
 from perennial import doctor
+from perennial.testing.toy import ToyPolicy
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
@@ -62,3 +64,11 @@ def chromium() -> str:
     path = chromium_path()
     assert path is not None
     return path
+
+
+@pytest.fixture(scope="session")
+def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a base checkpoint of the toy policy."""
+    folder = tmp_path_factory.mktemp("toy") / "checkpoint"
+    ToyPolicy(0).save(folder)
+    return folder

@@ -1,0 +1,120 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from perennial.errors import LearningError
+from perennial.learning.base import gradient_step
+from perennial.learning.grpo import GRPO, weighted_batch
+from perennial.learning.optimizer import AdamWConfig, build_optimizer
+from perennial.strategies._composition import Strategies
+from perennial.strategies.base import Strategy
+from perennial.testing.toy import ToyPolicy
+
+
+class Anchor(Strategy):
+    """Two penalties: one on the weights alone, one that is a mean over the rows it is shown."""
+
+    def penalty(self, policy, batch):
+        weights = sum((p**2).sum() for p in policy.trainable().values())
+        return 0.03 * weights + 0.5 * policy.logits(batch).square().mean()
+
+
+class Rehearsal(Strategy):
+    """Replays the first rows of a batch and notes how many it was asked for."""
+
+    def __init__(self, memory):
+        self.memory, self.asked = memory, []
+
+    def replay(self, rng, size):
+        self.asked.append(size)
+        return self.memory.take(np.arange(5))
+
+    def replay_loss(self, policy, batch):
+        return 0.7 * policy.imitation_loss(batch).mean()
+
+
+def step(policy, batch, loss, members=(), micro_batch=10_000, **settings):
+    config = AdamWConfig(**{"learning_rate": 0.0, "max_grad_norm": float("inf")} | settings, micro_batch=micro_batch)
+    strategies = Strategies(tuple(members))
+    optimizer = build_optimizer(policy, strategies, config)
+    metrics = gradient_step(policy, batch, loss, strategies, optimizer, config, np.random.default_rng(0))
+    return metrics, gradients(policy)
+
+
+def gradients(policy):
+    every = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.trainable().values()]
+    return np.concatenate([g.flatten().numpy().copy() for g in every])
+
+
+@pytest.fixture
+def weighted(precise, played):
+    return weighted_batch(precise, played)[0]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 16])
+def test_micro_batches_add_up_to_the_whole(precise, weighted, micro_batch):
+    members = (Anchor(), Rehearsal(weighted))
+    whole, expected = step(precise, weighted, GRPO().loss, members)
+    split, gradient = step(precise, weighted, GRPO().loss, members, micro_batch)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-14)
+    assert split == pytest.approx(whole, rel=1e-9)
+    assert members[1].asked == [len(weighted)] * 2
+
+
+def test_loss_penalty_and_replay_add_up(precise, weighted):
+    _, plain = step(precise, weighted, GRPO().loss)
+    metrics, everything = step(precise, weighted, GRPO().loss, (Anchor(), Rehearsal(weighted)))
+    extra = Anchor().penalty(precise, weighted) + 0.7 * precise.imitation_loss(weighted.take(np.arange(5))).mean()
+    assert metrics["penalty"] == pytest.approx(float(extra.detach()), rel=1e-9)
+    for parameter in precise.trainable().values():
+        parameter.grad = None
+    extra.backward()
+    np.testing.assert_allclose(everything, plain + gradients(precise), rtol=1e-9, atol=1e-14)
+
+
+def test_the_reported_norm_is_that_before_clipping(precise, weighted):
+    free, gradient = step(precise, weighted, GRPO().loss)
+    clipped, smaller = step(precise, weighted, GRPO().loss, max_grad_norm=0.01)
+    assert clipped["grad_norm"] == free["grad_norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-9)
+    np.testing.assert_allclose(smaller, gradient * 0.01 / np.linalg.norm(gradient), rtol=1e-3)
+
+
+def spoilt_loss(policy, batch):
+    total, figures = GRPO().loss(policy, batch)
+    return total * float("nan"), figures
+
+
+def infinite_gradient(policy, batch):
+    zero = policy.trainable()["head.bias"].sum() * 0
+    return zero.sqrt(), {}
+
+
+class Spoilt(Strategy):
+    def penalty(self, policy, batch):
+        return policy.trainable()["head.bias"].sum() * float("inf")
+
+
+@pytest.mark.parametrize(
+    ("loss", "members"),
+    [(spoilt_loss, ()), (infinite_gradient, ()), (GRPO().loss, (Spoilt(),))],
+    ids=["loss", "gradient", "penalty"],
+)
+def test_nan_is_an_error_and_leaves_the_weights_alone(played, loss, members):
+    policy = ToyPolicy()
+    batch, _ = weighted_batch(policy, played)
+    before = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    with pytest.raises(LearningError, match="not-a-number") as raised:
+        step(policy, batch, loss, members, learning_rate=0.1, warmup_steps=0)
+    assert raised.value.exit_code == 3
+    assert all(torch.equal(p, before[name]) for name, p in policy.trainable().items())
+
+
+def test_nan_in_one_row_is_found_wherever_its_micro_batch_is(played):
+    policy = ToyPolicy()
+    batch, _ = weighted_batch(policy, played)
+    spoilt = batch.log_prob.copy()
+    spoilt[-1, 0] = np.nan
+    with pytest.raises(LearningError):
+        step(policy, replace(batch, log_prob=spoilt), GRPO().loss, micro_batch=4)

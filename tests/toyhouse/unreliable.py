@@ -1,0 +1,52 @@
+"""The toy suite in worlds that kill, stop or refuse; the folder `UNRELIABLE` remembers across processes.
+
+Episodes with initial state 5 misbehave at their second step, in the way that the task's name says.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from perennial.errors import PerennialError
+from perennial.testing.toy import ToyEnvironment, ToySuite, _reach
+
+BAD_STATE = 5
+
+
+class UnreliableEnvironment(ToyEnvironment):
+    def reset(self, *, seed=None, options=None):
+        self.bad = options["index"] == BAD_STATE
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray):
+        if self.bad and self.steps == 1:
+            self.misbehave()
+        return super().step(action)
+
+    def misbehave(self) -> None:
+        way, _, repeats = self.task.name.partition("-")
+        seen = Path(os.environ["UNRELIABLE"]) / self.task.name
+        if repeats == "once" and seen.exists():
+            return
+        with seen.open("a") as file:
+            file.write("x")
+        if way == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if way == "hangs":
+            time.sleep(3600)
+        if way == "refuses":
+            raise PerennialError("The world is closed; try another one.")
+
+
+class UnreliableSuite(ToySuite):
+    name: ClassVar[str] = "unreliable"
+    tasks: ClassVar = {
+        name: _reach(name, "left") for name in ("dies-once", "dies-always", "hangs-once", "refuses-always", "works")
+    }
+
+    def make(self, task: str, variant: str = "id", image_size: int = 8) -> UnreliableEnvironment:
+        return UnreliableEnvironment(self.tasks[task], np.array([-0.7, 0.0], np.float32), variant, image_size)
