@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError, unknown
 from perennial.merging.dare import drop_and_rescale, keep_mask, require_dare
 from perennial.merging.linear import interpolate
-from perennial.merging.slerp import inner_products, slerp_tensor
+from perennial.merging.slerp import angle_between, slerp_tensor
 from perennial.merging.state_dicts import accumulator
 from perennial.merging.task_arithmetic import add_task_vectors
 from perennial.merging.ties import elect_and_average, require_ties, trim_threshold
@@ -65,8 +64,8 @@ def _slerp(settings: Settings, blocks: Blocks) -> Callable[[str], BlockMerge]:
     _require_one(settings, "slerp")
 
     def of_tensor(name: str) -> BlockMerge:
-        products = torch.stack([inner_products(base, finetuned) for base, finetuned in blocks(name)]).sum(0)
-        return lambda _, tensors: slerp_tensor(tensors[0], tensors[1], settings.alpha[name], products)
+        angle = angle_between(blocks(name))
+        return lambda _, tensors: slerp_tensor(tensors[0], tensors[1], settings.alpha[name], angle)
 
     return of_tensor
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from perennial.merging.linear import interpolate
@@ -14,25 +14,27 @@ PARALLEL = 1e-6
 """Below this sine of the angle the great circle is a straight line to double precision, or undefined."""
 
 
-def inner_products(base: Tensor, finetuned: Tensor) -> Tensor:
-    """<base, base>, <base, finetuned>, <finetuned, finetuned> in float64, shape [3]; they add up over blocks."""
-    left, right = base.flatten().double(), finetuned.flatten().double()
-    return torch.stack([left @ left, left @ right, right @ right])
+def angle_between(blocks: Iterable[Sequence[Tensor]]) -> float:
+    """The angle between two tensors, given as pairs of blocks, in radians; 0 if one of them is zero."""
+    base = mixed = finetuned = 0.0
+    for block in blocks:
+        left, right = (tensor.flatten().double() for tensor in block)
+        base += (left @ left).item()
+        mixed += (left @ right).item()
+        finetuned += (right @ right).item()
+    norms = math.sqrt(base * finetuned)
+    return math.acos(max(-1.0, min(1.0, mixed / norms))) if norms > 0 else 0.0
 
 
-def slerp_tensor(base: Tensor, finetuned: Tensor, alpha: float, products: Tensor) -> Tensor:
-    """sin((1-alpha) w)/sin(w) * base + sin(alpha w)/sin(w) * finetuned, where w is the angle between both.
+def slerp_tensor(base: Tensor, finetuned: Tensor, alpha: float, angle: float) -> Tensor:
+    """`(sin((1 - alpha) * angle) * base + sin(alpha * angle) * finetuned) / sin(angle)`, elementwise.
 
     Args:
-        base: any shape; decides the type of the result. May be a block of the tensor that `products` belong to.
+        base: any shape; decides the type of the result. May be a block of a larger tensor.
         finetuned: same shape.
         alpha: 0 gives `base`, 1 gives `finetuned`, bit for bit.
-        products: of `inner_products` of the whole tensors. If the tensors are parallel, opposite or zero, the
-            interpolation is linear.
+        angle: between the whole tensors, in radians; at 0 and pi the interpolation is linear.
     """
-    squared_base, inner, squared_finetuned = products.tolist()
-    norms = math.sqrt(squared_base * squared_finetuned)
-    angle = math.acos(max(-1.0, min(1.0, inner / norms))) if norms > 0 else 0.0
     if alpha in (0, 1) or math.sin(angle) < PARALLEL:
         return interpolate(base, finetuned, alpha)
     start, end = math.sin((1 - alpha) * angle) / math.sin(angle), math.sin(alpha * angle) / math.sin(angle)
@@ -53,8 +55,8 @@ def slerp(base: StateDict, finetuned: StateDict, alpha: float, *, extrapolate: b
         PerennialError: names or shapes differ, or alpha is out of range.
     """
     require_fraction(alpha, "alpha", extrapolate)
-    return merge_each(
-        base,
-        [finetuned],
-        lambda _, tensor, others: slerp_tensor(tensor, others[0], alpha, inner_products(tensor, others[0])),
-    )
+
+    def merge(_: str, tensor: Tensor, others: list[Tensor]) -> Tensor:
+        return slerp_tensor(tensor, others[0], alpha, angle_between([(tensor, others[0])]))
+
+    return merge_each(base, [finetuned], merge)
