@@ -200,6 +200,14 @@ def test_the_state_is_normalised_and_clipped():
     assert np.abs(at(0.0) - at(10.0)).max() > 1e-3
 
 
+def test_a_state_that_never_moved_plays_no_part():
+    policy = tiny_policy(norm_stats=NormStats(ACTION, Quantiles((-1.0, -1.0, 0.3), (1.0, 1.0, 0.3))))
+    observation = example_observation(image_size=32, state_dim=STATE_DIM)
+    moved = observation.states + np.array([0, 0, 5], np.float32)
+    other = Observation(observation.images, observation.instructions, moved)
+    np.testing.assert_array_equal(logits_of(policy, observation), logits_of(policy, other))
+
+
 def test_without_proprioception_the_state_plays_no_part():
     policy = tiny_policy(use_proprio=False)
     observation = example_observation(image_size=32, state_dim=STATE_DIM)

@@ -5,7 +5,7 @@ from perennial.policies.openvla_oft import NormStats, OpenVLAOFT, Quantiles, sma
 from perennial.testing.policy_conformance import INSTRUCTIONS
 
 STATE_DIM = 3
-ACTION = Quantiles(q01=(-0.5, 0.0, -1.0), q99=(0.5, 2.0, 1.0), mask=(True, True, False))
+ACTION = Quantiles(q01=(-0.5, 0.0, 0.0), q99=(0.5, 2.0, 0.7), mask=(True, True, False))
 PROPRIO = Quantiles(q01=(-1.0,) * STATE_DIM, q99=(1.0,) * STATE_DIM)
 
 
