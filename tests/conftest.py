@@ -51,9 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No PERENNIAL_* variable of the caller reaches a test, and torch's global stream starts anew."""
+    """No setting of the caller, or of a `make` above, reaches a test; torch's global stream starts anew."""
     for name in os.environ:
-        if name.startswith("PERENNIAL_"):
+        if name.startswith(("PERENNIAL_", "MAKE", "MFLAGS")):
             monkeypatch.delenv(name)
     torch.manual_seed(0)
 
