@@ -107,6 +107,15 @@ def test_a_replaced_folder_is_wholly_the_new_one(tmp_path):
     assert set(everything(tmp_path)) == {"one/other.bin", "one/manifest.json"}
 
 
+def test_what_a_killed_process_of_the_same_number_left_does_not_get_into_the_commit(tmp_path):
+    leftover = tmp_path / f".one.new.{os.getpid()}.partial"
+    leftover.mkdir()
+    (leftover / "stale.bin").write_bytes(b"stale")
+    atomic.commit_folder(tmp_path / "one", write_pair(b"new"))
+    assert not (tmp_path / "one" / "stale.bin").exists()
+    atomic.verify(tmp_path / "one")
+
+
 def test_clean_leaves_files_of_others_alone(tmp_path):
     (tmp_path / ".notes.partial").write_text("mine")
     (tmp_path / ".half.json.new.77.partial").write_text("half")

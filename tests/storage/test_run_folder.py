@@ -214,8 +214,9 @@ def test_the_lock_is_given_back_when_opening_fails(tmp_path):
     manifest = tmp_path / "r" / "commits" / "000001" / "manifest.json"
     content = manifest.read_bytes()
     manifest.unlink()
-    with pytest.raises(PerennialError, match=r"manifest\.json is missing"):
+    with pytest.raises(PerennialError, match=r"manifest\.json is missing") as caught:
         RunFolder.open_locked(tmp_path / "r")
+    assert caught.tb, "the traceback keeps the folder that failed to open alive"
     manifest.write_bytes(content)
     with RunFolder.open_locked(tmp_path / "r") as run:
         assert run.latest().number == 1

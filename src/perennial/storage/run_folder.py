@@ -185,7 +185,7 @@ class RunFolder:
         self._newest = number
         with atomic.explained(self.path / "commits"):
             for old in self._numbers():
-                if not number - KEPT_COMMITS < old <= number:
+                if old <= number - KEPT_COMMITS:
                     shutil.rmtree(self._commit(old))
         return self._commit(number)
 
