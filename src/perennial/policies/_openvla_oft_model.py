@@ -130,8 +130,8 @@ class VisionBackbone(nn.Module):
         del self.featurizer.embeddings.mask_token
         self.first_patch = 1 + config.dino.registers
         for name in ("mean", "std"):
-            both = [getattr(config.dino, name), getattr(config.siglip, name)]
-            self.register_buffer(name, torch.tensor(both, dtype=torch.float32)[:, None, :, None, None], persistent=False)
+            both = torch.tensor([getattr(config.dino, name), getattr(config.siglip, name)], dtype=torch.float32)
+            self.register_buffer(name, both[:, None, :, None, None], persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Features of `pixels` [N, V, 3, H, W] in [0, 1]."""

@@ -74,9 +74,8 @@ class OpenVLAOFT(Policy):
         """The small default with random weights; see `Policy.fresh`."""
         tokenizer = train_tokenizer(sentences)
         stats = NormStats(_quantiles(actions), _quantiles(states))
-        return cls.create(
-            small_config(tokenizer.get_vocab_size(), int(tokenizer.token_to_id(_tokenizer.BOS) or 0), stats), tokenizer, seed
-        )
+        bos = int(tokenizer.token_to_id(_tokenizer.BOS) or 0)
+        return cls.create(small_config(tokenizer.get_vocab_size(), bos, stats), tokenizer, seed)
 
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
         """Decide by the inverse of each token's cumulative distribution at K uniform numbers per row."""
