@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Union
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from tyro.conf import Positional
 
 from perennial import __version__, discovery
@@ -238,7 +239,7 @@ COMMANDS: dict[str, type] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a `PerennialError` becomes one sentence on standard error and a non-zero exit code."""
+    """Run one command; an error of the user's becomes one sentence on standard error and a non-zero exit code."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not take the workers' cores
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments == ["--version"]:
@@ -247,8 +248,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _dispatch(arguments)
     except PerennialError as error:
-        errors.print(f"[red]perennial:[/red] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]perennial:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("[red]perennial:[/red] Stopped at once; everything committed so far is safe.", soft_wrap=True)
+        sys.exit(130)
 
 
 def _dispatch(arguments: list[str]) -> None:
