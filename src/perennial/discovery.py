@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from perennial.errors import unknown
+from perennial.errors import PerennialError, unknown
 
 Kind = TypeVar("Kind")
 
@@ -49,7 +49,12 @@ def load(room: str, name: str) -> ModuleType:
         PerennialError: there is no such module; the nearest names are listed.
     """
     if "." in name:
-        return importlib.import_module(name)
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # the module exists, but not something that it needs
+            raise PerennialError(f"There is no module {name!r} for a {ROOMS[room]}; check its dotted name.") from error
     found = names(room)
     if name not in found:
         raise unknown(ROOMS[room], name, found)
