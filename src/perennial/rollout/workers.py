@@ -201,6 +201,7 @@ class ProcessWorkers:
         try:
             message = worker.connection.recv()
         except (EOFError, ConnectionResetError):
+            worker.process.join(5.0)  # the pipe closes a moment before the exit code is known
             worker.again(f"died (exit code {worker.process.exitcode})")
             return False
         if isinstance(message, PerennialError):
