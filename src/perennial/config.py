@@ -131,6 +131,9 @@ def validate(config: Config) -> Config:
     for variant in config.evaluation.variants:
         if variant not in suite.variants:
             raise unknown(f"variant in suite {config.suite!r}", variant, suite.variants)
+    for name, chosen in (("decoders", config.evaluation.decoders), ("variants", config.evaluation.variants)):
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise PerennialError(f"--evaluation.{name} is {','.join(chosen)!r}, but it needs names, each of them once.")
     policy = discovery.find("policies", config.policy.name, Policy)
     checkpoint_folder(config.policy.checkpoint)
     if not config.recipe:
@@ -157,7 +160,7 @@ def _check_tasks(tasks: Tasks) -> None:
             raise PerennialError(f"The task {name!r} is listed twice among trained and held-out tasks; keep it once.")
 
 
-NON_NEGATIVE = {"seed", "count", "film", "temperature", "clip_low", "clip_high", "weight_decay", "warmup_steps"}
+NON_NEGATIVE = {"seed", "count", "film", "clip_low", "clip_high", "weight_decay", "warmup_steps"}
 """Numbers that may be 0; every other number of a configuration must be above 0."""
 
 
@@ -182,7 +185,7 @@ def _check_ranges(value: Any, path: str = "") -> None:
 def to_json(value: Any) -> Any:
     """`value` as JSON: dataclasses become objects, those that come in kinds with their `name`."""
     if is_dataclass(value) and not isinstance(value, type):
-        named = {"name": value.name} if isinstance(value, Objective | Strategy) else {}
+        named = {"name": _kind(value)} if isinstance(value, Objective | Strategy) else {}
         return named | {f.name: to_json(getattr(value, f.name)) for f in fields(value) if f.init}
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
@@ -191,6 +194,12 @@ def to_json(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value
+
+
+def _kind(part: Objective | Strategy) -> str:
+    """The name by which `discovery.find` finds the class of `part` again: its own, or that of its module."""
+    known = discovery.names("learning" if isinstance(part, Objective) else "strategies")
+    return part.name if part.name in known else type(part).__module__
 
 
 def preset(name: str) -> Config:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from typing import Any, Literal, Union
 
 from perennial import discovery
@@ -44,13 +46,18 @@ def from_json(kind: Any, value: Any, path: str = "config") -> Any:
         own = dict(value)
         room = next((room for room, base in _kinds().items() if issubclass(kind, base)), None)
         if room is not None:
-            kind = discovery.find(room, own.pop("name"), kind)
+            kind = discovery.find(room, own.pop("name", ""), kind)
         hints = typing.get_type_hints(kind)
         for key in own:
             if key not in hints:
                 raise unknown(f"setting in {path}", key, [f.name for f in fields(kind) if f.init])
+        for f in fields(kind):
+            if f.init and f.name not in own and f.default is MISSING and f.default_factory is MISSING:
+                raise PerennialError(f"{path} has no {f.name!r}; add it.")
         return kind(**{key: from_json(hints[key], item, f"{path}.{key}") for key, item in own.items()})
-    if origin is tuple:
+    if origin is Mapping and isinstance(value, Mapping):
+        return {key: from_json(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    if origin is tuple and isinstance(value, list | tuple):
         inner = arguments[0]
         return tuple(from_json(inner, item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is Literal:
@@ -59,8 +66,8 @@ def from_json(kind: Any, value: Any, path: str = "config") -> Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind in (int, float, str, bool) and type(value) is not kind:
-        raise PerennialError(f"{path} is {value!r}, but it must be {_article(kind)}.")
+    if origin in (tuple, Mapping) or (kind in (int, float, str, bool) and type(value) is not kind):
+        raise PerennialError(f"{path} is {value!r}, but it must be {_article(origin or kind)}.")
     return value
 
 
@@ -94,7 +101,8 @@ def _set(value: Any, path: list[str], text: str, whole: str) -> Any:
     head, *rest = path
     known = {f.name for f in fields(value) if f.init}
     if head not in known:
-        raise unknown(f"setting --{whole} (at {head!r})", head, known)
+        before = "".join(f"{part}." for part in whole.split(".")[: -len(path)])
+        raise unknown("setting", f"--{before}{head}", [f"--{before}{name}" for name in known])
     child = getattr(value, head)
     kind = typing.get_type_hints(type(value))[head]
     if head in KINDS:
@@ -109,13 +117,19 @@ def _set(value: Any, path: list[str], text: str, whole: str) -> Any:
 def _set_kind(parts: tuple[Any, ...], room: str, rest: list[str], text: str, whole: str) -> tuple[Any, ...]:
     """Choose the parts by name, or change one of those chosen."""
     base = _kinds()[room]
+    present = {part.name: part for part in parts}
     if not rest:
         chosen = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
-        present = {part.name: part for part in parts}
         return tuple(present.get(name) or discovery.find(room, name, base)() for name in chosen)  # type: ignore[misc]
     name, *inner = rest
-    if name not in [part.name for part in parts] or not inner:
-        raise unknown(f"part for --{whole}", name, [part.name for part in parts])
+    if name not in present:
+        raise PerennialError(
+            f"--{whole} does not exist, because {name!r} is not chosen; add it to --{whole.partition('.')[0]}, "
+            f"which is {','.join(present) or 'none'}."
+        )
+    if not inner:
+        example = fields(present[name])[0].name
+        raise PerennialError(f"--{whole} has settings of its own; set one, for example --{whole}.{example}.")
     return tuple(_set(part, inner, text, whole) if part.name == name else part for part in parts)
 
 
@@ -137,6 +151,11 @@ def parse(kind: Any, text: str, name: str) -> Any:
         if len(items) != len(inner_kinds):
             raise PerennialError(f"{name} is {text!r}, but it needs {len(inner_kinds)} values separated by commas.")
         return tuple(parse(inner, item, name) for inner, item in zip(inner_kinds, items, strict=True))
+    if origin is Mapping:
+        pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+        if not all(equals for _, equals, _ in pairs):
+            raise PerennialError(f"{name} is {text!r}, but it should look like vision=4,language=8.")
+        return {key.strip(): parse(arguments[1], value.strip(), name) for key, _, value in pairs}
     if origin is Literal:
         if text not in arguments:
             raise unknown(f"choice for {name}", text, map(str, arguments))
@@ -144,10 +163,10 @@ def parse(kind: Any, text: str, name: str) -> Any:
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind in (int, float):
-        try:
-            return int(text) if kind is int else float(text)
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            number = int(text) if kind is int else float(text)
+            if math.isfinite(number):
+                return number
     if kind is str:
         return text
     if dataclasses.is_dataclass(kind):
@@ -156,4 +175,5 @@ def parse(kind: Any, text: str, name: str) -> Any:
 
 
 def _article(kind: Any) -> str:
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, str(kind))
+    texts = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
+    return texts.get(kind, "an object")
