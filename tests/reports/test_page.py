@@ -142,11 +142,13 @@ def test_videos_stand_in_pairs(elements):
     assert all({"controls", "muted", "loop", "playsinline"} <= set(a) for _, a, _ in elements.all("video"))
 
 
-def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path):
+@pytest.mark.parametrize(("damaged_row", "done"), [(2, 1), (1, 0)])
+def test_an_unfinished_run_says_so_and_how_to_go_on(tmp_path, damaged_row, done):
     folder = write_example(tmp_path / "half", rows=2, videos=False)
-    (folder / "evaluations/02/greedy/id/reach-v3.json").write_text("{}")  # a damaged cell counts as missing
+    damaged = folder / f"evaluations/{damaged_row:02d}/greedy/id/reach-v3.json"
+    damaged.write_text("{}")  # counts as missing
     elements = Elements(page.render(folder))
-    assert elements.all("h1")[0][2] == "1 of 5 tasks taught, one after another"
+    assert elements.all("h1")[0][2] == f"{done} of 5 tasks taught, one after another"
     assert "This run is not finished" in elements.all("div", role="note")[0][2]
     assert "perennial resume half" in elements.all("code")[0][2]
     missing = [e for e in elements.all("td") if "missing" in e[1].get("class", "")]

@@ -24,22 +24,37 @@ def test_success_is_drawn_in_percent_with_named_axes():
     assert {"iteration", "success in training, %", "base", "0", "100"} <= set(texts(svg))
 
 
+def lines(svg, name, points):
+    """All drawn lines with that many points."""
+    found = []
+    for number in (n for n in range(1, 60) if f'id="{name}-line2d_{n}"' in svg):
+        try:
+            line = curve_points(svg, name, number)
+        except (AttributeError, ValueError, IndexError):  # a tick has no path of its own
+            continue
+        if len(line) == points:
+            found.append(line)
+    return found
+
+
 def test_a_line_goes_through_the_given_points():
     # The middle point lies half-way in x and at a quarter of the height between the first and the last.
     svg = plots.quantity_curve("k", [(0, 0.0), (2, 1.0), (4, 4.0)], "KL", "nats")
-    lines = [n for n in range(1, 60) if f'id="k-line2d_{n}"' in svg]
-    found = []
-    for number in lines:
-        try:
-            points = curve_points(svg, "k", number)
-        except (AttributeError, ValueError, IndexError):
-            continue
-        if len(points) == 3:
-            found.append(points)
-    ((first, middle, last),) = found
+    ((first, middle, last),) = lines(svg, "k", 3)
     assert middle[0] == pytest.approx((first[0] + last[0]) / 2)
     assert middle[1] == pytest.approx(first[1] + (last[1] - first[1]) / 4)
     assert last[1] < first[1]  # SVG counts downwards
+
+
+def test_success_uses_the_whole_height_of_the_percent_scale():
+    svg = plots.success_curve("a", [[(0, 0.0), (1, 0.5), (2, 1.0)]], "t")
+    ((none, half, all_),) = lines(svg, "a", 3)
+    # The ticks of the drawing's vertical axis lie at 0, 25, 50, 75 and 100 %.
+    texts_at = {
+        "".join(e.itertext()): float(e.get("y")) for e in ElementTree.fromstring(svg).iter(f"{SVG}text") if e.get("y")
+    }
+    ticks = texts_at["0"], texts_at["50"], texts_at["100"]
+    assert (none[1] - half[1], none[1] - all_[1]) == pytest.approx((ticks[0] - ticks[1], ticks[0] - ticks[2]), abs=0.1)
 
 
 def test_the_same_numbers_give_the_same_bytes_and_no_date():

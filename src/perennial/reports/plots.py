@@ -102,7 +102,7 @@ def _svg(figure: Any, name: str, title: str) -> str:
 
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg")
     body = re.sub(r"<(metadata|style)\b.*?</\1>", "", text.getvalue(), flags=re.DOTALL)
     body = body[body.index("<svg") :]
     box = re.search(r'viewBox="[^"]*"', body)
