@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perennial.errors import PerennialError
+from perennial.merging import tensor_files
 from perennial.merging.checkpoints import merge_checkpoints
 from perennial.merging.dare import dare
 from perennial.merging.linear import linear
@@ -108,6 +109,17 @@ def test_every_method_on_disk_is_the_method_in_memory(tmp_path, number):
         assert merged.keys() == state.keys()
         for name, tensor in state.items():
             torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-6, msg=f"{method} {name}")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_blocks_smaller_than_any_tensor_give_the_same_merge(tmp_path, monkeypatch, alpha):
+    """Blocks wait for the disk in memory that the readers must not use again: integers, unchanged and merged ones."""
+    monkeypatch.setattr(tensor_files, "BLOCK", 64)
+    fill = {"frozen": torch.arange(5000.0)}
+    base = {"w": torch.randn(3000), "ids": torch.arange(4000)} | fill
+    tuned = {"w": torch.randn(3000), "ids": torch.arange(4000) if alpha == 0.3 else torch.arange(4000).flip(0)} | fill
+    merge_checkpoints(write(tmp_path / "base", base), write(tmp_path / "tuned", tuned), tmp_path / "out", alpha=alpha)
+    assert_same(read(tmp_path / "out"), linear(base, tuned, alpha))
 
 
 @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic"])

@@ -1,6 +1,6 @@
 """The streaming merge: reads, merges, hashes and writes block by block, in constant memory.
 
-Hashing the inputs runs in threads of its own; the disk starts to write while the next blocks are computed.
+The inputs are hashed and the result is written in threads of their own while the next blocks are computed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,9 @@ from perennial.merging.tensor_files import DTYPES, Model, read_header
 
 WRITEBACK = 64 << 20
 """Bytes after which the disk is told to start writing."""
+
+AHEAD = 4
+"""Merged blocks that may wait to be written."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes merged so far and in all."""
@@ -72,13 +76,13 @@ class Merge:
                 for file in model.files[number : number + 1]:  # in step with the merge, so it is read once from disk
                     futures[file.name] = self._hashers.submit(_sha256, file, self._stop)
             for file in self.models[0].files[number : number + 1]:
-                sink = _Sink(folder / file.name)
-                for piece in self._file(file):
-                    sink.write(piece)
-                    on_progress(done + sink.size, total)
-                    faults.point("merge_block")
-                merged[file.name] = sink.close()
-                done += sink.size
+                with _Sink(folder / file.name) as sink:
+                    for piece in self._file(file):
+                        sink.write(piece)
+                        done += len(piece)
+                        on_progress(done, total)
+                        faults.point("merge_block")
+                    merged[file.name] = sink.finish()
         return [{name: future.result() for name, future in futures.items()} for futures in pending] + [merged]
 
     def _file(self, file: Path) -> Iterator[memoryview]:
@@ -97,7 +101,7 @@ class Merge:
         merge = self._of_tensor(name) if kinds <= DTYPES.keys() else self._take(name, kinds)
         for number, tensors in enumerate(self._blocks(name)):
             if unchanged(tensors):
-                yield tensors[0]
+                yield tensors[0].clone()  # the reader will use its memory again
             else:
                 self.changed.add(name)
                 block = merge(number, tensors)
@@ -107,9 +111,9 @@ class Merge:
     def _take(self, name: str, kinds: set[str]) -> BlockMerge:
         """Integers are not averaged: they are taken from one model where that is meant, and refused otherwise."""
         if len(kinds) == 1 and self.alphas[name] == 1 and len(self.models) == 2:
-            return lambda _, tensors: tensors[1]
+            return lambda _, tensors: tensors[1].clone()
         if len(kinds) == 1 and (self.alphas[name] == 0 or self.models[0].entries[name].shape == ()):
-            return lambda _, tensors: tensors[0]
+            return lambda _, tensors: tensors[0].clone()
 
         def refuse(number: int, tensors: list[Tensor]) -> Tensor:
             raise refuse_quantised(name, " and ".join(sorted(kinds)))
@@ -122,26 +126,42 @@ class Merge:
 
 
 class _Sink:
-    """A new file, hashed as it is written and sent to the disk early, so that the final fsync has little to do."""
+    """A new file that a thread hashes and writes; the disk starts early, so that the final fsync has little to do."""
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("wb")
         self._digest = hashlib.sha256()
-        self._sent = 0
-        self.size = 0
+        self._size = self._sent = 0
+        self._worker = ThreadPoolExecutor(1)
+        self._waiting: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown(cancel_futures=True)
+        self._stream.close()
 
     def write(self, piece: memoryview) -> None:
+        """Append `piece`, whose memory must stay as it is; waits while `AHEAD` pieces are not written yet."""
+        self._waiting.append(self._worker.submit(self._write, piece))
+        if len(self._waiting) > AHEAD:
+            self._waiting.popleft().result()
+
+    def finish(self) -> str:
+        """Wait until all is written; the SHA-256 of the file."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        return self._digest.hexdigest()
+
+    def _write(self, piece: memoryview) -> None:
         self._stream.write(piece)
         self._digest.update(piece)
-        self.size += len(piece)
-        if self.size - self._sent >= WRITEBACK and hasattr(os, "posix_fadvise"):
+        self._size += len(piece)
+        if self._size - self._sent >= WRITEBACK and hasattr(os, "posix_fadvise"):
             # On Linux this starts to write dirty pages back without waiting for them.
-            os.posix_fadvise(self._stream.fileno(), self._sent, self.size - self._sent, os.POSIX_FADV_DONTNEED)
-            self._sent = self.size
-
-    def close(self) -> str:
-        self._stream.close()
-        return self._digest.hexdigest()
+            os.posix_fadvise(self._stream.fileno(), self._sent, self._size - self._sent, os.POSIX_FADV_DONTNEED)
+            self._sent = self._size
 
 
 def _sha256(file: Path, stop: threading.Event) -> str:
