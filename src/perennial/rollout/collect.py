@@ -20,32 +20,42 @@ from perennial.suites.base import Environment, Suite
 FILM_EVERY = 2
 """Environment steps between two frames of a film."""
 
+KEPT = 64
+"""Idle environments that a process keeps."""
+
 OnEpisode = Callable[[int, bool], None]
 """Called with the environment steps and the success of every finished episode."""
 
 
 class Environments:
-    """Environments by task and variant, built when first needed and reused for every later episode."""
+    """Environments by task and variant, built when first needed and reused for later episodes.
+
+    At most `KEPT` idle ones are kept, those of the tasks played last; a Meta-World environment takes about 27 MB.
+    """
 
     def __init__(self, suite: Suite, image_size: int) -> None:
         self._suite = suite
         self._image_size = image_size
-        self._idle: dict[tuple[str, str], list[Environment]] = {}
+        self._idle: list[tuple[str, str, Environment]] = []
 
     def borrow(self, task: str, variant: str) -> Environment:
         """An environment that nobody uses at present."""
-        idle = self._idle.setdefault((task, variant), [])
-        return idle.pop() if idle else self._suite.make(task, variant, self._image_size)
+        for position, (of_task, of_variant, environment) in enumerate(self._idle):
+            if (of_task, of_variant) == (task, variant):
+                del self._idle[position]
+                return environment
+        return self._suite.make(task, variant, self._image_size)
 
     def give_back(self, task: str, variant: str, environment: Environment) -> None:
         """Return what was borrowed."""
-        self._idle[task, variant].append(environment)
+        self._idle.append((task, variant, environment))
+        if len(self._idle) > KEPT:
+            self._idle.pop(0)[2].close()
 
     def close(self) -> None:
         """Close every idle environment."""
-        for idle in self._idle.values():
-            while idle:
-                idle.pop().close()
+        while self._idle:
+            self._idle.pop()[2].close()
 
 
 @dataclass
