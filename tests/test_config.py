@@ -1,0 +1,99 @@
+from dataclasses import replace
+
+import pytest
+
+from perennial import config as module
+from perennial import discovery, overrides
+from perennial.config import Config, Tasks, checkpoint_folder, preset, validate
+from perennial.errors import PerennialError
+from perennial.policies.base import Policy
+from perennial.testing.toy import ToyPolicy
+from toyhouse.needy import Needy
+from toyhouse.runs import toy_config
+
+
+@pytest.fixture
+def config(toy_checkpoint):
+    return toy_config(toy_checkpoint)
+
+
+def test_a_sound_configuration_comes_back_as_it_is(config):
+    assert validate(config) is config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suite": "metaword"}, r"no suite 'metaword'\. Did you mean metaworld"),
+        ({"policy.name": "openvla_ofd"}, r"no policy 'openvla_ofd'\. Did you mean openvla_oft"),
+        ({"policy.checkpoint": "nowhere"}, r"'nowhere' does not exist; give a folder"),
+        ({"tasks.trained": "lefft"}, r"no task .*'lefft'\. Did you mean left"),
+        ({"tasks.held_out": "downright"}, r"no task .*'downright'\. Did you mean down-right"),
+        ({"tasks.trained": ""}, r"no task to train; set --tasks\.trained"),
+        ({"tasks.trained": "left,left"}, r"'left' is listed twice"),
+        ({"tasks.held_out": "left"}, r"'left' is listed twice"),
+        ({"evaluation.variants": "id,od_test"}, r"no variant .*'od_test'\. Did you mean ood_test"),
+        ({"evaluation.variants": "id,id"}, r"--evaluation\.variants is 'id,id', but it needs names, each of them once"),
+        ({"evaluation.decoders": ""}, r"--evaluation\.decoders is '', but it needs names"),
+        ({"recipe": "none"}, r"recipe has no stage"),
+        ({"seed": "-1"}, r"--seed is -1, but it must be 0 or more"),
+        ({"recipe.grpo.iterations": "-2"}, r"--recipe\.grpo\.iterations is -2, but it must be above 0"),
+        ({"recipe.grpo.groups": "0"}, r"--recipe\.grpo\.groups is 0, but it must be above 0"),
+        ({"recipe.grpo.group_size": "1"}, r"group_size is 1, but a group needs at least 2"),
+        ({"recipe.grpo.temperature": "0"}, r"temperature is 0\.0, but it must be above 0"),
+        ({"recipe.grpo.optimizer.micro_batch": "0"}, r"--recipe\.grpo\.optimizer\.micro_batch is 0"),
+        ({"recipe.grpo.optimizer.learning_rate": "-1e-3"}, r"learning_rate is -0\.001, but it must be above 0"),
+        ({"evaluation.episodes": "0"}, r"--evaluation\.episodes is 0, but it must be above 0"),
+        ({"evaluation.temperature": "0"}, r"--evaluation\.temperature is 0\.0"),
+        ({"policy.adapter.rank": "0"}, r"--policy\.adapter\.rank is 0"),
+        ({"workers.count": "-1"}, r"--workers\.count is -1, but it must be 0 or more"),
+        ({"workers.timeout": "0"}, r"--workers\.timeout is 0\.0, but it must be above 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_a_sentence(config, changes, message):
+    with pytest.raises(PerennialError, match=message):
+        validate(overrides.apply(config, changes))
+
+
+def test_what_may_be_zero_is_accepted(config):
+    zeros = ("workers.count", "evaluation.film", "recipe.grpo.clip_low", "recipe.grpo.optimizer.warmup_steps")
+    changed = overrides.apply(config, dict.fromkeys(zeros, "0"))
+    assert validate(changed).workers.count == 0
+
+
+def test_a_strategy_that_the_policy_cannot_serve_is_refused(config, monkeypatch):
+    needy = replace(config, strategies=(Needy(),))
+    assert validate(needy) is needy  # the toy policy has logits
+    monkeypatch.setattr(ToyPolicy, "logits", Policy.logits)
+    with pytest.raises(PerennialError, match=r"'needy' needs `logits`, which the policy 'perennial\.testing\.toy'"):
+        validate(needy)
+
+
+def test_checkpoints_are_folders_or_come_with_perennial(tmp_path, monkeypatch):
+    assert checkpoint_folder(str(tmp_path)) == tmp_path
+    (tmp_path / "checkpoints" / "tiny").mkdir(parents=True)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "config.py"))
+    assert checkpoint_folder("bundled:tiny") == tmp_path / "checkpoints" / "tiny"
+    with pytest.raises(PerennialError, match=r"no bundled checkpoint 'tinny'\. Did you mean tiny"):
+        checkpoint_folder("bundled:tinny")
+
+
+def test_phases_are_tasks_one_by_one_or_all_at_once(config):
+    assert config.phases == (("left",), ("up",))
+    assert replace(config, schedule="joint").phases == (("left", "up"),)
+
+
+@pytest.mark.parametrize("name", discovery.names("presets"))
+def test_every_preset_says_what_it_is_and_teaches_tasks_of_its_suite(name):
+    config = preset(name)
+    assert isinstance(config, Config)
+    assert config.description
+    assert config.tasks != Tasks(())
+    assert discovery.describe(discovery.names("presets")[name])
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest_ones():
+    with pytest.raises(PerennialError, match=r"no preset 'demoo'\. Did you mean demo"):
+        preset("demoo")
+    with pytest.raises(PerennialError, match=r"no module 'toyhouse\.nothing' for a preset"):
+        preset("toyhouse.nothing")
