@@ -14,7 +14,7 @@ import learning
 import rollout
 
 from perennial.config import preset
-from perennial.machine import describe_machine
+from perennial.doctor import describe_machine
 
 ROOT = Path(__file__).parent.parent
 WORDS = {
@@ -66,8 +66,8 @@ def _page(results: dict) -> str:  # type: ignore[type-arg]
         f"{results['repeats']} repetitions in one run.",
         "",
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, "
-        f"{machine['gpu'] or 'no GPU'}, Python {machine['python']}, torch {machine['packages']['torch']}, "
-        f"MuJoCo {machine['packages']['mujoco']}.",
+        f"{machine['gpu'] or 'no GPU'}, Python {machine['python']}, torch {machine['torch']}, "
+        f"MuJoCo {machine['mujoco']}.",
         "",
         "| what | measured |",
         "|---|---|",

@@ -21,7 +21,7 @@ from perennial import faults, overrides
 from perennial.config import Config
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.stage import Iteration, learn
-from perennial.machine import describe_machine
+from perennial.doctor import describe_machine
 from perennial.policies._learned import save_learned
 from perennial.reports import page, video
 from perennial.rollout.trajectory import Episode, Trajectory
