@@ -146,6 +146,8 @@ def validate(config: Config) -> Config:
                     f"{part.name!r} needs `{method}`, which the policy {config.policy.name!r} does not have; "
                     "choose another strategy or policy."
                 )
+    for tracker in config.trackers:
+        discovery.load("tracking", tracker)
     _check_ranges(config)
     return config
 

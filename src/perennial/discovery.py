@@ -25,6 +25,7 @@ ROOMS = {
     "strategies": "strategy",
     "learning": "recipe",
     "presets": "preset",
+    "tracking": "tracker",
 }
 NOT_PLUGINS = {"base", "lora", "advantages", "optimizer", "stage"}
 

@@ -19,9 +19,9 @@ import torch
 from perennial import config as configuration
 from perennial import faults, overrides
 from perennial.config import Config
+from perennial.doctor import describe_machine
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.stage import Iteration, learn
-from perennial.doctor import describe_machine
 from perennial.policies._learned import save_learned
 from perennial.reports import page, video
 from perennial.rollout.trajectory import Episode, Trajectory
@@ -105,6 +105,10 @@ def _finish_iteration(session: Session, phase: int, stage: int, total: int, done
     row = {"event": "iteration", "task": label, **place, "objective": objective, **played, **done.metrics}
     session.folder.log("metrics", row)
     session.folder.log("timings", {"event": "iteration", **place, **seconds})
+    step = sum(s.iterations for s in session.config.recipe[:stage]) + done.number
+    step += phase * sum(s.iterations for s in session.config.recipe)
+    for tracker in session.trackers:
+        tracker.log(step, {**done.metrics, **({} if done.success is None else {"success": done.success})})
     session.commit(Cursor(phase, stage, done.number + 1))
 
 

@@ -24,6 +24,7 @@ from perennial.storage.run_folder import RunFolder
 from perennial.storage.tensors import load_optimizer, load_tensors, save_optimizer, save_tensors
 from perennial.strategies._composition import Strategies
 from perennial.suites.base import Suite, Task
+from perennial.tracking.base import Tracker
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Session:
     """A run at work.
 
     Attributes:
+        trackers: get every iteration's figures.
         optimizer: of the stage under way; None between phases.
     """
 
@@ -52,6 +54,7 @@ class Session:
     display: Display
     interrupt: TwoStageInterrupt
     cursor: Cursor
+    trackers: tuple[Tracker, ...] = ()
     optimizer: torch.optim.AdamW | None = None
 
     def tasks(self, names: tuple[str, ...]) -> tuple[Task, ...]:
@@ -106,7 +109,12 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     cast = Cast(config.suite, config.policy.name, checkpoint, config.seed)
     workers = start_workers(config.workers, cast, policy.acting_weights())
     stack.callback(workers.close)
-    return Session(config, folder, suite, policy, strategies, workers, display, interrupt, cursor)
+    trackers = tuple(discovery.find("tracking", name, Tracker).open(folder.path) for name in config.trackers)
+    for tracker in trackers:
+        stack.callback(tracker.close)
+    if latest is not None and latest.warning:
+        display.say(f"[yellow]{latest.warning}[/yellow]")
+    return Session(config, folder, suite, policy, strategies, workers, display, interrupt, cursor, trackers)
 
 
 def cells(config: Config, row: int) -> list[Cell]:
