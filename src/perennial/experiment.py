@@ -99,8 +99,8 @@ def _finish_iteration(session: Session, phase: int, stage: int, total: int, done
     session.display.iteration(label, done, total)
     if done.metrics["kept"] == 0:
         session.display.say(
-            f"[yellow]No learning signal: the {done.episodes} episodes of {label} ended alike in every group, so nothing "
-            "was learned. Check what the base checkpoint can do with `perennial evaluate`.[/yellow]"
+            f"[yellow]No learning signal: the {done.episodes} episodes of {label} ended alike in every group, so "
+            "nothing was learned. Check what the base checkpoint can do with `perennial evaluate`.[/yellow]"
         )
     row = {"event": "iteration", "task": label, **place, "objective": objective, **played, **done.metrics}
     session.folder.log("metrics", row)
