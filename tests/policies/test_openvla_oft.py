@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 from tiny_openvla_oft import ACTION, STATE_DIM, tiny_policy
-from transformers import Dinov2WithRegistersModel, LlamaForCausalLM, SiglipVisionModel
+from transformers import Dinov2WithRegistersModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
 
 from perennial.errors import PerennialError
 from perennial.policies._openvla_oft_config import HALF, IMAGENET_MEAN, IMAGENET_STD, Language, Tower
@@ -105,6 +105,7 @@ def full_towers(model, config):
         (SiglipVisionModel, model.vision_backbone.fused_featurizer),
     ):
         sizes = short.config.to_dict() | {"num_hidden_layers": short.config.num_hidden_layers + 1}
+        sizes |= {"hidden_act": "gelu", "layer_norm_eps": 1e-6}
         tower = kind(type(short.config).from_dict(sizes)).eval()
         missing, unexpected = tower.load_state_dict(short.state_dict(), strict=False)
         assert not unexpected
@@ -134,7 +135,8 @@ def naive_logits(policy, observation, row):
     embed = model.language_model.model.embed_tokens.weight
     slots = torch.zeros(config.tokens, embed.shape[1])
     sequence = torch.cat([embed[[config.bos_token_id]], patches, proprio, embed[prompt], slots])[None]
-    llama = LlamaForCausalLM(model.language_model.config)
+    sizes = model.language_model.config.to_dict() | {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    llama = LlamaForCausalLM(LlamaConfig.from_dict(sizes))
     llama.set_attn_implementation("eager")
     head = torch.zeros(config.vocab_size, embed.shape[1])
     head[-config.action_bins :] = model.language_model.lm_head.weight
