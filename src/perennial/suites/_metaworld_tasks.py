@@ -197,12 +197,12 @@ TASKS = {
 
 SEQUENCES = {
     "demo": Sequence(
-        trained=("handle-press-v3", "faucet-open-v3", "drawer-open-v3"),
-        held_out=("window-open-v3", "door-open-v3", "coffee-button-v3"),
+        trained=("faucet-open-v3", "drawer-open-v3", "window-open-v3"),
+        held_out=("door-open-v3", "faucet-close-v3", "handle-press-v3"),
     ),
     "simple_recipe": Sequence(
-        trained=("handle-press-v3", "faucet-open-v3", "drawer-open-v3", "door-open-v3", "button-press-topdown-v3"),
-        held_out=("window-open-v3", "coffee-button-v3", "plate-slide-v3", "drawer-close-v3", "lever-pull-v3"),
+        trained=("faucet-open-v3", "drawer-open-v3", "window-open-v3", "plate-slide-v3", "door-lock-v3"),
+        held_out=("door-open-v3", "faucet-close-v3", "handle-press-v3", "button-press-v3", "button-press-topdown-v3"),
     ),
     "mt10": Sequence(
         trained=(
