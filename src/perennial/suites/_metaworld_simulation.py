@@ -7,7 +7,6 @@ Imported only when an environment is built, because it needs the simulator.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import warnings
@@ -24,8 +23,9 @@ from perennial.suites._metaworld_variants import CAMERA, VARIANTS
 from perennial.suites._mujoco import HIDDEN_GROUP
 
 _CONSTANT = 0.01  # metres; Meta-World writes constants as reset ranges narrower than this
-_ORIENTED = {"assembly-v3", "box-close-v3", "disassemble-v3", "hammer-v3"}  # success or reward reads a quaternion
 _UNSEEN = {"controller_box", "pedestal_feet", "torso", "pedestal", "right_arm_base_link", "head", "screen"}
+_PLACES = ("body_pos", "site_pos")  # all that resets change in a model
+_MODELS = 16
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 _SETTLED_LIMIT = 10_000  # states of about 1 kB
 
@@ -43,21 +43,45 @@ def _hidden(model: Any, geom: int) -> bool:
     return body in _UNSEEN or body.startswith("right_l") or housing or model.geom(geom).name == "floor"
 
 
-@functools.cache
-def compiled(path: str, variant: str) -> Any:
-    """The `mujoco.MjModel` of the XML file at `path`, changed for `variant`; to be copied, not used."""
-    model = mujoco.MjModel.from_xml_path(path)
-    shift = VARIANTS[variant]
-    for geom in range(model.ngeom):
-        if _hidden(model, geom):
-            model.geom_group[geom] = HIDDEN_GROUP
-    model.cam_pos[model.camera(CAMERA).id] = shift.camera
-    for light in (model.light_diffuse, model.light_ambient, model.vis.headlight.diffuse, model.vis.headlight.ambient):
-        light *= shift.light
-    model.mat_rgba[:, :3] *= shift.colours
-    plain = model.geom_matid < 0  # a geometry that names a material takes its colour from there
-    model.geom_rgba[plain, :3] *= shift.colours
-    return model
+class SharedModel:
+    """A compiled model of 22 MB that the environments of a task use in turn, each with its own places of things.
+
+    Attributes:
+        model: the `mujoco.MjModel` of the XML file at `path`, changed for `variant`.
+        original: its `_PLACES` as compiled.
+        user: whose places are in the model.
+    """
+
+    def __init__(self, path: str, variant: str) -> None:
+        model = mujoco.MjModel.from_xml_path(path)
+        shift = VARIANTS[variant]
+        for geom in range(model.ngeom):
+            if _hidden(model, geom):
+                model.geom_group[geom] = HIDDEN_GROUP
+        model.cam_pos[model.camera(CAMERA).id] = shift.camera
+        headlight = model.vis.headlight
+        for light in (model.light_diffuse, model.light_ambient, headlight.diffuse, headlight.ambient):
+            light *= shift.light
+        model.mat_rgba[:, :3] *= shift.colours
+        plain = model.geom_matid < 0  # a geometry that names a material takes its colour from there
+        model.geom_rgba[plain, :3] *= shift.colours
+        self.model = model
+        self.original = self.places()
+        self.user: object = None
+
+    def places(self) -> tuple[np.ndarray, ...]:
+        """Copies of the arrays that say where things are."""
+        return tuple(getattr(self.model, name).copy() for name in _PLACES)
+
+    def lend(self, user: object, places: tuple[np.ndarray, ...]) -> None:
+        """Put the things where `user` has them."""
+        for name, value in zip(_PLACES, places, strict=True):
+            getattr(self.model, name)[:] = value
+        self.user = user
+
+
+compiled = functools.lru_cache(_MODELS)(SharedModel)
+"""Compiling takes a quarter of a second, so models are kept after their environments are closed."""
 
 
 class Simulation(SawyerXYZEnv):  # type: ignore[misc]
@@ -74,22 +98,18 @@ class Simulation(SawyerXYZEnv):  # type: ignore[misc]
         self._variant = variant
         self._initial = ("", 0)
         self._settling = True
+        self._me = object()
         self._views: dict[str, np.ndarray] = {}
         super().__init__()
         self._set_task_called = True
         self._partially_observable = False
         self.__dict__.pop("sawyer_observation_space", None)  # cached while the goal was hidden: it would clip it to 0
         self._low, self._high = self.sawyer_observation_space.low, self.sawyer_observation_space.high
-        self._start = {name: getattr(self.model, name).copy() for name in ("body_pos", "body_quat", "site_pos")}
 
     def _initialize_simulation(self) -> tuple[Any, Any]:
-        """A copy of the compiled model, because compiling takes a quarter of a second."""
-        model = self.pristine()
-        return model, mujoco.MjData(model)
-
-    def pristine(self) -> Any:
-        """A fresh copy of the compiled model."""
-        return copy.copy(compiled(self.fullpath, self._variant))
+        self._shared = compiled(self.fullpath, self._variant)
+        self._shared.lend(self._me, self._shared.original)
+        return self._shared.model, mujoco.MjData(self._shared.model)
 
     def begin(self, split: str, index: int) -> None:
         """Go to initial state `index` of `split`, whatever happened before.
@@ -98,14 +118,14 @@ class Simulation(SawyerXYZEnv):  # type: ignore[misc]
         done here without settling the hand, which would leave no trace.
         """
         self._initial = (split, index)
-        for name, value in self._start.items():
-            getattr(self.model, name)[:] = value
+        self._shared.lend(self._me, self._shared.original)
         for self._settling in (False, True):
             self._rng = stream(0, "initial state", "metaworld", self._task, self._variant, split, index)
             mujoco.mj_resetData(self.model, self.data)
             if not self._settling:
                 mujoco.mj_forward(self.model, self.data)  # settling does it too, by moving
             self.observation = self.reset_model()
+        self._places = self._shared.places()
         self._prev_obs = self.observation[:18].copy()
         self.observation[18:36] = self._prev_obs
 
@@ -140,6 +160,8 @@ class Simulation(SawyerXYZEnv):  # type: ignore[misc]
 
     def advance(self, action: np.ndarray) -> bool:
         """One control step with `action`, float32 [4] in [-1, 1]; whether the task is solved."""
+        if self._shared.user is not self._me:
+            self._shared.lend(self._me, self._places)
         data = self.data
         data.mocap_pos[0] = np.clip(data.mocap_pos[0] + action[:3] * self.action_scale, self.mocap_low, self.mocap_high)
         data.mocap_quat[:] = (1, 0, 1, 0)
@@ -160,11 +182,9 @@ class Simulation(SawyerXYZEnv):  # type: ignore[misc]
         now[:3] = self.get_body_com("hand")
         gap = self.get_body_com("rightclaw") - self.get_body_com("leftclaw")
         now[3] = min(math.sqrt(gap.dot(gap)) / 0.1, 1.0)
-        objects = now[4:].reshape(2, 7)  # position and orientation of each
+        objects = now[4:].reshape(2, 7)  # position of each, and its orientation, which stays zero
         places = self._get_pos_objects().reshape(-1, 3)
         objects[: len(places), :3] = places
-        if self._task in _ORIENTED:
-            objects[: len(places), 3:] = self._get_quat_objects().reshape(-1, 4)
         return now
 
     def get_body_com(self, body_name: str) -> np.ndarray:

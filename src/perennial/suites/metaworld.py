@@ -128,7 +128,7 @@ class MetaWorldEnvironment(base.Environment):
     def _paint(self, size: int, *, fast: bool) -> np.ndarray:
         key = (self.task.name, self._variant, size, fast)
         if key not in self._painters:
-            self._painters[key] = borrow(key, lambda: Painter(self._simulation.pristine(), CAMERA, size, fast=fast))
+            self._painters[key] = borrow(key, lambda: Painter(self._simulation.model, CAMERA, size, fast=fast))
         picture = self._painters[key].paint(self._simulation.data)
         return np.ascontiguousarray(picture[::-1, ::-1])  # the camera hangs upside down
 
