@@ -142,6 +142,21 @@ def test_the_first_task_is_free():
     assert ewc.penalty(learner, batch(2)) is None
 
 
+def test_the_spring_is_tied_to_the_start_of_the_present_task():
+    learner, ewc = SoftmaxRegression(WEIGHT), EWC(coefficient=2.0)
+    for task in ("left", "up", "right"):
+        ewc.before_task(TASKS[task], learner)
+        with torch.no_grad():
+            learner.model.weight.add_(1.0)
+        ewc.after_task(TASKS[task], learner, lambda count: episodes(learner, states(8)))
+    ewc.before_task(TASKS["down"], learner)
+    assert float(ewc.penalty(learner, batch(2)).detach()) == 0
+    with torch.no_grad():
+        learner.model.weight.add_(0.5)
+    energy = float(ewc.penalty(learner, batch(2)).detach())
+    assert energy == pytest.approx(0.25 * float(ewc.fisher["weight"].sum()), rel=1e-4)
+
+
 def test_ut2026_squares_partial_sums_of_the_training_gradient():
     learner, ewc = SoftmaxRegression(WEIGHT), EWC(coefficient=2.0, variant="ut2026")
     ewc.before_task(TASKS["left"], learner)
@@ -160,6 +175,18 @@ def test_ut2026_squares_partial_sums_of_the_training_gradient():
     with torch.no_grad():
         learner.model.weight.add_(0.5)
     assert float(ewc.penalty(learner, batch(2)).detach()) == pytest.approx(float(2.0 * expected.sum() * 0.25))
+
+
+def test_ut2026_counts_optimiser_steps_although_some_parameters_get_no_gradient():
+    learner, ewc = policy(), EWC(variant="ut2026")
+    for _ in range(3):
+        for _ in range(2):
+            ewc.penalty(learner, batch(2))
+            learner.model.head.weight.sum().backward()
+        learner.model.zero_grad(set_to_none=True)
+    assert ewc.squares.steps == 3
+    ewc.after_task(TASKS["left"], learner, lambda count: [])
+    torch.testing.assert_close(ewc.fisher["head.weight"], torch.full((36, 32), 5.0))
 
 
 def test_ut2026_no_longer_listens_after_a_task():
