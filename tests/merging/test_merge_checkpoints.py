@@ -303,6 +303,16 @@ def test_overflow_is_an_error_and_a_failed_merge_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
 
 
+def test_a_disk_that_fills_up_all_the_same_is_told_and_cleaned(pair, tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(PerennialError, match=r"out cannot be written \(.*No space left on device\)"):
+        merge_checkpoints(*pair, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

@@ -82,28 +82,25 @@ def merge_checkpoints(
         density: fraction that TIES keeps, in (0, 1].
         drop: fraction that DARE drops, in [0, 1).
         seed: of the masks of DARE.
-        on_progress: called after every tensor.
+        on_progress: called after every block.
 
     Raises:
         PerennialError: the models differ in names or shapes, a coefficient is out of range, a group has no tensors,
             `out` exists, the disk is too small, an input is damaged, or a merged weight is not finite.
     """
     require_new(out)
-    several = [finetuned] if isinstance(finetuned, Path) else list(finetuned)
-    models = _open(base, several)
-    for model in models[1:]:
-        require_same_tensors(_shapes(models[0]), _shapes(model), f"model {model.path}")
+    models = _open(base, [finetuned] if isinstance(finetuned, Path) else finetuned)
     names = models[0].entries
     alphas = coefficients(names, alpha, alpha_by_group or {}, groups, extrapolate=extrapolate)
     mergeable = {name: a for name, a in alphas.items() if all(m.entries[name].dtype in DTYPES for m in models)}
-    settings = Settings(mergeable, len(several), density, drop, seed)
+    settings = Settings(mergeable, len(models) - 1, density, drop, seed)
     copied, left_out = _companions(models[0])
-    require_space(out, sum(map(_size, models[0].files)) + sum(map(_size, copied)))
+    require_space(out, sum(map(_size, (*models[0].files, *copied))))
+    of_name = {name: group_of(name, groups) for name in names}
     with Merge(models, method, settings, alphas) as merge, whole_folder(out) as folder:
         for path in copied:
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
         hashes = merge.write(folder, on_progress or (lambda done, total: None))
-        of_name = {name: group_of(name, groups) for name in names}
         report = MergeReport(
             out,
             tensors=len(names),
@@ -121,11 +118,13 @@ def merge_checkpoints(
 def _open(base: Path, finetuned: Sequence[Path]) -> list[Model]:
     if is_adapter(base):
         raise PerennialError(f"{base} is an adapter, not a model; merge adapters with each other by merge_adapters.")
-    model = open_checkpoint(base)
-    return [model] + [
-        AdaptedCheckpoint(model, open_adapter(path)) if is_adapter(path) else open_checkpoint(path)
-        for path in finetuned
-    ]
+    first = open_checkpoint(base)
+    models: list[Model] = [first]
+    for path in finetuned:
+        model = AdaptedCheckpoint(first, open_adapter(path)) if is_adapter(path) else open_checkpoint(path)
+        require_same_tensors(_shapes(first), _shapes(model), f"model {path}")
+        models.append(model)
+    return models
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:

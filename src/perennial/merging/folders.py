@@ -42,23 +42,28 @@ def whole_folder(out: Path) -> Iterator[Path]:
     """A hidden sibling of `out` to write into, which becomes `out` once everything is on disk.
 
     If the body fails it is removed; what a killed process left is removed by the next attempt.
+
+    Raises:
+        PerennialError: `out` exists, or the disk refuses to write.
     """
     require_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         for path in [*sorted(temporary.rglob("*")), temporary]:
             _sync(path)
         faults.point("merge_rename")
         require_new(out)
         temporary.rename(out)
+        _sync(out.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise PerennialError(f"{out} cannot be written ({error}); make room or choose another folder.") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(out.parent)
 
 
 def _sync(path: Path) -> None:
