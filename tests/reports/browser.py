@@ -43,7 +43,7 @@ class Browser:
         """What `script` returns in the page."""
         return self._call("POST", f"{self._session}/execute/sync", {"script": script, "args": []})
 
-    def wait(self, script, seconds=30):
+    def wait(self, script, seconds=120):
         """Wait until `script` returns something true."""
         for _ in range(10 * seconds):
             if found := self.run(script):
@@ -71,7 +71,7 @@ class Browser:
         request = urllib.request.Request(
             f"{self._root}{path}", data, {"Content-Type": "application/json"}, method=method
         )
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=240) as answer:
             return json.load(answer)["value"]
 
 
