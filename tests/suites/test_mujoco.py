@@ -111,3 +111,17 @@ def test_one_painter_serves_all_environments_of_a_task():
     for environment in environments:
         environment.close()
     assert not [key for key in _mujoco._shared if key[0] == "reach-v3"]
+
+
+@pytest.mark.simulator
+def test_closing_one_environment_leaves_the_pictures_of_others_as_they_were():
+    from perennial.suites.metaworld import MetaWorld
+
+    first, second = (MetaWorld().make(task) for task in ("faucet-open-v3", "drawer-open-v3"))
+    for environment in (first, second):
+        environment.reset(options={"split": "training", "index": 0})
+    first.render()
+    before = second.render().copy()
+    first.close()
+    np.testing.assert_array_equal(second.render(), before)
+    second.close()

@@ -89,7 +89,14 @@ class Painter:
         return picture
 
     def close(self) -> None:
-        """Free the OpenGL context."""
+        """Free the drawing resources, then the OpenGL context.
+
+        `mujoco.Renderer.close` frees them in the opposite order, so it would delete the textures and meshes of
+        whichever other context is current by then.
+        """
+        self._renderer._gl_context.make_current()
+        self._renderer._mjr_context.free()
+        self._renderer._mjr_context = None
         self._renderer.close()
 
 
@@ -99,6 +106,9 @@ _shared: dict[Hashable, tuple[Painter, int]] = {}
 def borrow(key: Hashable, build: Callable[[], Painter]) -> Painter:
     """The painter called `key` of this process, built if nobody holds it; each `borrow` needs one `give_back`."""
     painter, holders = _shared.get(key) or (build(), 0)
+    # Registered after MuJoCo's own exit handlers, hence run before them: a context that outlives its display complains.
+    atexit.unregister(_close_all)
+    atexit.register(_close_all)
     _shared[key] = (painter, holders + 1)
     return painter
 
@@ -112,9 +122,8 @@ def give_back(key: Hashable) -> None:
         painter.close()
 
 
-@atexit.register
 def _close_all() -> None:
-    """An OpenGL context that outlives the interpreter's modules prints errors at exit."""
+    """Close every painter."""
     while _shared:
         _shared.popitem()[1][0].close()
 
