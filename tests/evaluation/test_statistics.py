@@ -1,5 +1,8 @@
+import hypothesis.extra.numpy as arrays
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from matrices import HAND_MADE, matrix_of_rates, simulated
 
 from perennial.errors import PerennialError
@@ -75,6 +78,17 @@ def test_certainty_is_never_claimed():
     assert perfect["nbt"].low < 0
 
 
+@given(
+    arrays.arrays(np.bool_, st.tuples(st.sampled_from([3]), st.sampled_from([3]), st.integers(1, 6))),
+    st.integers(1, 4),
+)
+@settings(max_examples=60)
+def test_an_interval_contains_its_value(outcomes, runs):
+    rows = tuple({f"task{column}": row[column] for column in range(3)} for row in outcomes)
+    found = summary_of_runs([SuccessMatrix(("task0", "task1"), ("task2",), rows)] * runs)
+    assert all(e.low - 1e-12 <= e.value <= e.high + 1e-12 for e in found.values())
+
+
 def test_an_estimate_is_the_same_every_time():
     matrix = simulated(HAND_MADE, 3, 20, np.random.default_rng(0))
     assert summary(matrix) == summary(matrix)
@@ -148,10 +162,20 @@ def test_differences_are_second_minus_first_on_common_tasks_and_states():
         "zs": None,
         "zs_gain": None,
     }
+    assert difference(SuccessMatrix(order, (), rows), first)["avg"].n == 2 * 2 * 10
     worse = difference(first, SuccessMatrix(order, (), (rows[0], rows[0], rows[0])))
     assert worse["avg"].value == pytest.approx(-0.8)
     assert worse["avg"].high < -0.4
     assert worse["avg"].n == 2 * 2 * 10
+
+
+def test_forgetting_is_compared_between_two_orders_of_the_same_tasks():
+    # Each run forgets what it learned first, and keeps what it learned last.
+    first = matrix_of_rates([[0.0, 0.0], [0.9, 0.0], [0.1, 0.9]], trained=2, episodes=40)
+    rows = tuple({"task0": row["task1"], "task1": row["task0"]} for row in first.successes)
+    found = difference(first, SuccessMatrix(("task1", "task0"), (), rows))["nbt"]
+    assert found.value == 0
+    assert -0.35 < found.low < 0 < found.high < 0.35
 
 
 def test_joint_training_is_compared_where_it_can_be():

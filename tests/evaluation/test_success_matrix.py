@@ -44,6 +44,7 @@ def test_built_from_the_cells_of_one_decoder_and_variant(tmp_path, schedule, row
         run.write_cell(Cell(0, "sampled", "id", "a"), [1, 0], [1, 1])
         run.write_cell(Cell(0, "sampled", "id", "c"), [1, 1], [1, 1])
         run.write_cell(Cell(1, "sampled", "id", "b"), [0, 0], [1, 1])
+        run.write_cell(Cell(9, "sampled", "id", "b"), [0, 0], [1, 1])
         run.write_cell(Cell(1, "greedy", "id", "a"), [1, 1], [1, 1])
         run.write_cell(Cell(1, "sampled", "ood_val", "a"), [1, 1], [1, 1])
     matrix = SuccessMatrix.from_run(RunFolder.open(tmp_path / "r"), "sampled", "id")

@@ -81,7 +81,7 @@ def summary_of_runs(matrices: Sequence[SuccessMatrix]) -> Summary:
         return summary(matrices[0])
     runs = len(matrices)
     # Every slot of a resample gets its own draw of states, also where two slots hold the same run.
-    resampled = [_resampled_rates([m], RESAMPLES * runs, ("runs", i))[0] for i, m in enumerate(matrices)]
+    resampled = [_resampled_rates([m], RESAMPLES * runs, ("runs",))[0] for m in matrices]
     chosen = stream(0, "bootstrap", "seeds").integers(runs, size=RESAMPLES * runs)
     estimates: Summary = {}
     for name, metric in METRICS.items():
@@ -177,6 +177,6 @@ def _episodes_behind(metric: Metric, matrix: SuccessMatrix) -> int:
 
 
 def _estimate(value: float, resampled: np.ndarray, n: int) -> Estimate:
-    """`value` with the percentile interval of its resamples, widened to contain it."""
+    """`value` with the percentile interval of its resamples."""
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(value, min(float(low), value), max(float(high), value), n)
+    return Estimate(value, float(low), float(high), n)
