@@ -19,6 +19,7 @@ from perennial.learning.grpo import GRPO
 from perennial.policies.base import Policy
 from perennial.policies.lora import LoRA
 from perennial.rollout.workers import WorkerConfig
+from perennial.storage.atomic import MANIFEST, verify
 from perennial.strategies.base import Strategy
 from perennial.suites.base import Suite
 
@@ -99,11 +100,18 @@ class Config:
 
 
 def checkpoint_folder(checkpoint: str) -> Path:
-    """The folder that `checkpoint` names.
+    """The folder that `checkpoint` names; a manifest in it is checked.
 
     Raises:
-        PerennialError: there is no such folder.
+        PerennialError: there is no such folder, or a file in it does not match its manifest.
     """
+    folder = _named_folder(checkpoint)
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+    return folder
+
+
+def _named_folder(checkpoint: str) -> Path:
     scheme, _, name = checkpoint.partition(":")
     if scheme == "bundled":
         bundled = Path(__file__).parent / "checkpoints"
