@@ -22,7 +22,7 @@ from perennial.demonstrations.dataset import Demonstration, data_hash, load, to_
 from perennial.errors import LearningError, PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.stage import learner_threads
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Observation, Policy
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
 from perennial.storage.atomic import commit_folder
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 SHIFT = 2
 """Images are shifted by up to this many pixels in each direction while training."""
+WORD_DROPOUT = 0.25
+"""Share of words left out of a scrambled instruction."""
 WARMUP_STEPS = 200
 
 
@@ -89,7 +91,7 @@ def clone(policy: Policy, batch: Batch, options: Pretrain) -> Iterator[float]:
     for step in range(options.steps):
         rng = stream(options.seed, "pretrain", step)
         part = batch.take(rng.integers(len(batch), size=options.batch_size))
-        part = replace(part, observation=replace(part.observation, images=shifted(part.observation.images, rng)))
+        part = replace(part, observation=augmented(part.observation, rng))
         warmth = min(1.0, (step + 1) / WARMUP_STEPS)
         cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps))
         for group in optimizer.param_groups:
@@ -103,6 +105,21 @@ def clone(policy: Policy, batch: Batch, options: Pretrain) -> Iterator[float]:
         if not math.isfinite(value):
             raise LearningError(f"The loss became {value} at step {step}; lower --learning-rate.")
         yield value
+
+
+def augmented(observation: Observation, rng: np.random.Generator) -> Observation:
+    """Shifted images and scrambled words, so that neither a place in the image nor a phrase is learned by heart."""
+    instructions = tuple(scrambled(words, rng) for words in observation.instructions)
+    return replace(observation, images=shifted(observation.images, rng), instructions=instructions)
+
+
+def scrambled(instruction: str, rng: np.random.Generator) -> str:
+    """Half of the time the words as they are, else some of them, at least one, in any order."""
+    words = np.array(instruction.split())
+    if rng.random() < 0.5:
+        return instruction
+    kept = rng.permutation(words)[: max(1, int((rng.random(len(words)) > WORD_DROPOUT).sum()))]
+    return " ".join(kept)
 
 
 def shifted(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
