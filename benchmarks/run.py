@@ -1,6 +1,6 @@
 """`make bench`: measures everything in one run and writes benchmarks/results.json and docs/benchmarks.md.
 
-    python benchmarks/run.py [--repeats 5]
+python benchmarks/run.py [--repeats 5]
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import house
 import learning
+import naive
 import rollout
 
 from perennial.config import preset
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 WORDS = {
     "steps_per_second": "environment steps per second while a policy acts",
     "ceiling_steps_per_second": "the same steps and images without a policy",
+    "naive_steps_per_second": "the plain way: `AsyncVectorEnv` of Meta-World, a default picture every step, no policy",
     "share_of_ceiling": "share of the simulator's ceiling (median of paired ratios)",
     "episodes_per_second": "episodes per second",
     "act_ms_per_decision": "policy forward, ms per decision on one thread",
@@ -43,10 +45,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     config = preset("demo")
+    plain = {"naive_steps_per_second": naive.measure(config.tasks.trained[0], 64, repeats)}
     results = {
         "machine": describe_machine(),
         "repeats": repeats,
-        "rollout": rollout.measure(config, repeats),
+        "rollout": rollout.measure(config, repeats) | plain,
         "learning": learning.measure(config, repeats),
         "house": house.measure(config, repeats),
     }
