@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from contextlib import closing
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from perennial.config import Config, checkpoint_folder
 from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import build_optimizer
 from perennial.learning.stage import learner_threads
-from perennial.policies.base import Batch, Observation, Policy
+from perennial.policies.base import Batch, Policy
 from perennial.policies.lora import add_adapter
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, start_workers
@@ -50,7 +49,7 @@ def measure(config: Config, repeats: int) -> Result:
         seconds.append(time.perf_counter() - begun)
     update = statistics.median(seconds)
     return {
-        "act_ms_per_decision": 1000 * _acting(policy, kept, config.workers.slots, repeats),
+        "act_ms_per_decision": 1000 * _acting(type(policy).load(checkpoint), kept, config.workers.slots, repeats),
         "update_seconds": update,
         "updated_decisions_per_second": grpo.epochs * len(kept) / update,
         "decisions_to_the_horizon": full,
@@ -60,13 +59,12 @@ def measure(config: Config, repeats: int) -> Result:
     }
 
 
-def _acting(policy: Policy, batch: Batch, rows: int, repeats: int) -> float:
-    """Seconds per decision on one thread, at the batch size of a worker."""
+def _acting(actor: Policy, batch: Batch, rows: int, repeats: int) -> float:
+    """Seconds per decision on one thread, at the batch size of a worker; `actor` has no adapter, as in a worker."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     chosen = np.resize(np.arange(len(batch)), rows)
-    observation: Observation = replace(batch.observation.take(chosen))
-    actor = type(policy).load(checkpoint_folder("bundled:metaworld-small"))
+    observation = batch.observation.take(chosen)
     seconds = []
     for repeat in range(repeats * 4):
         rng = [stream(0, "bench", repeat, row) for row in range(rows)]

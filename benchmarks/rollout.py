@@ -70,7 +70,7 @@ _environments: Environments
 
 def _prepare(suite: str, image_size: int) -> None:
     """Give a process of the pool its environments."""
-    global _environments  # noqa: PLW0603
+    global _environments
     _environments = Environments(discovery.find("suites", suite, Suite)(), image_size)
 
 

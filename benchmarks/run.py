@@ -13,7 +13,6 @@ import house
 import learning
 import naive
 import rollout
-
 from perennial.config import preset
 from perennial.doctor import describe_machine
 
