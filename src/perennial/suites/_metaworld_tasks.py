@@ -198,11 +198,11 @@ TASKS = {
 SEQUENCES = {
     "demo": Sequence(
         trained=("faucet-open-v3", "drawer-open-v3", "window-open-v3"),
-        held_out=("door-open-v3", "faucet-close-v3", "handle-press-v3"),
+        held_out=("door-open-v3", "faucet-close-v3", "coffee-button-v3"),
     ),
     "simple_recipe": Sequence(
         trained=("faucet-open-v3", "drawer-open-v3", "window-open-v3", "plate-slide-v3", "door-lock-v3"),
-        held_out=("door-open-v3", "faucet-close-v3", "handle-press-v3", "button-press-v3", "button-press-topdown-v3"),
+        held_out=("door-open-v3", "faucet-close-v3", "coffee-button-v3", "button-press-v3", "button-press-topdown-v3"),
     ),
     "mt10": Sequence(
         trained=(
