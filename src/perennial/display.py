@@ -7,10 +7,13 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from perennial.learning.stage import Iteration
+
+ONE_LINE = Column(no_wrap=True)
 
 
 class _Remaining(ProgressColumn):
@@ -22,7 +25,7 @@ class _Remaining(ProgressColumn):
         if not task.total or done < 1 or task.elapsed is None:
             return Text("estimating", style="cyan")
         seconds = int((task.total - task.completed) * task.elapsed / done)
-        return Text(f"about {seconds // 60}:{seconds % 60:02d} left", style="cyan")
+        return Text(f"{seconds // 60}:{seconds % 60:02d} left", style="cyan")
 
 
 class Display:
@@ -31,12 +34,11 @@ class Display:
     def __init__(self, total: int, before: int, console: Console | None = None) -> None:
         self.console = console or Console()
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} episodes"),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            _Remaining(),
+            TextColumn("[bold]{task.description}", table_column=ONE_LINE),
+            BarColumn(bar_width=12),
+            TextColumn("{task.percentage:.0f} %", table_column=ONE_LINE),
+            TextColumn("{task.fields[rate]}", table_column=ONE_LINE),
+            _Remaining(table_column=ONE_LINE),
             console=self.console,
             disable=not self.console.is_terminal,
         )
