@@ -95,6 +95,7 @@ def _finish_iteration(session: Session, phase: int, stage: int, total: int, done
     place = {"task_index": phase + 1, "stage": stage, "iteration": done.number}
     played = {"success": done.success, "episodes": done.episodes, "env_steps": done.env_steps}
     seconds = {"rollout_seconds": done.rollout_seconds, "update_seconds": done.update_seconds}
+    seconds["commit_seconds"] = session.commit_seconds  # of the commit before, as this one is still to come
     objective = session.config.recipe[stage].name
     session.display.iteration(label, done, total)
     if done.metrics["kept"] == 0:

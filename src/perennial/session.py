@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,6 +44,7 @@ class Session:
     Attributes:
         trackers: get every iteration's figures.
         optimizer: of the stage under way; None between phases.
+        commit_seconds: wall clock of the last commit, for display only.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Session:
     cursor: Cursor
     trackers: tuple[Tracker, ...] = ()
     optimizer: torch.optim.AdamW | None = None
+    commit_seconds: float = 0.0
 
     def tasks(self, names: tuple[str, ...]) -> tuple[Task, ...]:
         """The suite's tasks of these names."""
@@ -70,7 +73,9 @@ class Session:
             if self.optimizer is not None:
                 save_optimizer(self.optimizer, self.policy.trainable(), target / "optimizer.safetensors")
 
+        begun = time.monotonic()
         self.folder.commit(write, {"cursor": asdict(cursor)})
+        self.commit_seconds = time.monotonic() - begun
         self.cursor = cursor
         self.stop_if_asked()
 
