@@ -32,8 +32,13 @@ def evaluate(options: Evaluate, console: Console) -> None:
     """Play `options.episodes` evaluation episodes of each task and print success rates with 95 % intervals.
 
     Raises:
-        PerennialError: the folder is neither a run nor a checkpoint, or a task or variant does not exist.
+        PerennialError: the folder is neither a run nor a checkpoint, a task or variant does not exist, or a number is
+            out of range.
     """
+    if options.episodes < 1:
+        raise PerennialError(f"--episodes is {options.episodes}, but it must be above 0.")
+    if options.temperature < 0:
+        raise PerennialError(f"--temperature is {options.temperature}, but it must be 0 or more.")
     if (options.run / "run.json").is_file():
         policy, cast, tasks = _from_run(options)
     else:
