@@ -79,8 +79,8 @@ def test_checkpoints_are_folders_or_come_with_perennial(tmp_path, monkeypatch):
 
 
 def test_phases_are_tasks_one_by_one_or_all_at_once(config):
-    assert config.phases == (("left",), ("up",))
-    assert replace(config, schedule="joint").phases == (("left", "up"),)
+    assert config.phases == (("left",), ("right",))
+    assert replace(config, schedule="joint").phases == (("left", "right"),)
 
 
 @pytest.mark.parametrize("name", discovery.names("presets"))

@@ -1,6 +1,6 @@
 """The toy suite in worlds that kill, stop or refuse; the folder `UNRELIABLE` remembers across processes.
 
-Episodes with initial state 5 misbehave at their second step, in the way that the task's name says.
+Episodes with training state 5 misbehave at their second step, in the way that the task's name says.
 """
 
 import os
@@ -19,7 +19,7 @@ BAD_STATE = 5
 
 class UnreliableEnvironment(ToyEnvironment):
     def reset(self, *, seed=None, options=None):
-        self.bad = options["index"] == BAD_STATE
+        self.bad = options == {"split": "training", "index": BAD_STATE}
         return super().reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray):
@@ -38,6 +38,8 @@ class UnreliableEnvironment(ToyEnvironment):
             os.kill(os.getpid(), signal.SIGKILL)
         if way == "hangs":
             time.sleep(3600)
+        if way == "interrupts":
+            os.killpg(0, signal.SIGINT)  # as Ctrl-C does: to the run and to its workers
         if way == "refuses":
             raise PerennialError("The world is closed; try another one.")
 
@@ -45,7 +47,8 @@ class UnreliableEnvironment(ToyEnvironment):
 class UnreliableSuite(ToySuite):
     name: ClassVar[str] = "unreliable"
     tasks: ClassVar = {
-        name: _reach(name, "left") for name in ("dies-once", "dies-always", "hangs-once", "refuses-always", "works")
+        name: _reach(name, "left")
+        for name in ("dies-once", "dies-always", "hangs-once", "interrupts-once", "refuses-always", "works")
     }
 
     def make(self, task: str, variant: str = "id", image_size: int = 8) -> UnreliableEnvironment:

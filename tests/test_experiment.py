@@ -1,0 +1,312 @@
+"""Whole runs with the toy suite: two tasks and one held out, played in this process."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from perennial import cli, experiment, overrides
+from perennial.config import Config
+from perennial.errors import PerennialError
+from perennial.evaluation import standalone
+from perennial.evaluation.evaluate import evaluation_episodes
+from perennial.learning.grpo import GRPO
+from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
+from perennial.storage.cells import Cell
+from perennial.storage.run_folder import RunFolder
+from perennial.testing.toy import ToyPolicy, ToySuite
+from toyhouse.runs import TOY, essence, toy_config
+
+TASKS = ("left", "right", "up-left")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """Learning takes every core; give the other tests their one thread back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing the report takes most of the time of a toy run."""
+    monkeypatch.setattr(experiment.page, "write", lambda path: path / "report" / "index.html")
+
+
+@pytest.fixture(scope="module")
+def config(toy_checkpoint):
+    return toy_config(toy_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    return experiment.start(config, "toy", tmp_path_factory.mktemp("runs") / "toy")
+
+
+def lines(path: Path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def snapshot(folder: Path):
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "report" not in path.parts and path.name != ".lock"
+    }
+
+
+def test_the_run_folder_holds_what_it_promises(run, config):
+    header = json.loads((run / "run.json").read_text())
+    assert (header["format"], header["preset"]) == (1, "toy")
+    assert overrides.from_json(Config, header["config"]) == config
+    assert header["environment"]
+    assert sorted(p.name for p in (run / "tasks").iterdir()) == ["01-left", "02-right"]
+    for folder in ((run / "tasks" / "01-left"), max((run / "commits").iterdir())):
+        assert (folder / "manifest.json").is_file()
+        assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+        assert (folder / "adapter" / "adapter_config.json").is_file()
+    # 2 tasks x (2 iterations + the end of the task), of which two commits are kept.
+    assert sorted(p.name for p in (run / "commits").iterdir()) == ["000005", "000006"]
+    assert not list((run).glob("videos/*"))
+
+
+def test_the_matrix_is_complete(run, config):
+    found = RunFolder.open(run).cells()
+    assert set(found) == {
+        Cell(row, decoder, "id", task) for row in range(3) for decoder in ("sampled", "greedy") for task in TASKS
+    }
+    for cell, outcome in found.items():
+        assert len(outcome.successes) == len(outcome.env_steps) == config.evaluation.episodes
+        horizon = ToySuite.tasks[cell.task].horizon
+        assert all(0 < steps <= horizon for steps in outcome.env_steps)
+        assert all(s or steps == horizon for s, steps in zip(outcome.successes, outcome.env_steps, strict=True))
+
+
+def test_row_0_is_the_base_checkpoint_and_the_last_row_the_last_commit(run, toy_checkpoint):
+    folder = RunFolder.open(run)
+    base, learned = ToyPolicy.load(toy_checkpoint), ToyPolicy.load(toy_checkpoint)
+    adapter = load_file(folder.latest().path / "adapter" / "adapter_model.safetensors")
+    with torch.no_grad():
+        for name, parameter in learned.model.named_parameters():
+            module = f"base_model.model.{name.removesuffix('.weight')}"
+            if f"{module}.lora_A.weight" in adapter:  # alpha / rank is 1
+                parameter += adapter[f"{module}.lora_B.weight"] @ adapter[f"{module}.lora_A.weight"]
+    workers = InlineWorkers(WorkerConfig("inline", slots=8), Cast(TOY, TOY, toy_checkpoint, 0), base.acting_weights())
+    with closing(workers):
+        for row, policy in ((0, base), (2, learned)):
+            workers.broadcast(policy.acting_weights())
+            for decoder, temperature in (("sampled", 1.0), ("greedy", 0.0)):
+                for task in TASKS:
+                    played = workers.collect(evaluation_episodes(ToySuite.tasks[task], "id", 6, temperature))
+                    outcome = folder.cell(Cell(row, decoder, "id", task))
+                    assert outcome.successes == tuple(int(t.success) for t in played)
+                    assert outcome.env_steps == tuple(int(t.steps.sum()) for t in played)
+
+
+def test_metrics_tell_every_iteration_and_timings_every_wait(run):
+    metrics = lines(run / "metrics.jsonl")
+    assert [(row["task"], row["task_index"], row["stage"], row["iteration"]) for row in metrics] == [
+        ("left", 1, 0, 0),
+        ("left", 1, 0, 1),
+        ("right", 2, 0, 0),
+        ("right", 2, 0, 1),
+    ]
+    for row in metrics:
+        assert (row["event"], row["objective"], row["episodes"]) == ("iteration", "grpo", 32)
+        assert {"success", "env_steps", "loss", "kl", "clip_fraction", "grad_norm", "kept", "penalty"} <= set(row)
+        assert "seconds" not in "".join(row)
+    timings = lines(run / "timings.jsonl")
+    assert [row["event"] for row in timings] == (["evaluation"] * 6 + ["iteration"] * 2) * 2 + ["evaluation"] * 6
+
+
+def test_a_report_is_written(run):
+    assert (run / "report" / "index.html").stat().st_size > 1000
+    json.loads((run / "report" / "report.json").read_text())
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(run, config, tmp_path, no_report):
+    again = experiment.start(config, "toy", tmp_path / "again")
+    assert essence(again) == essence(run)
+    assert len(essence(run)) == 18 + 2 * 3 + 3 + 1
+    other = experiment.start(replace(config, seed=1), "toy", tmp_path / "other")
+    same = [name for name, content in essence(other).items() if content == essence(run)[name]]
+    assert not [name for name in same if name.endswith((".jsonl", "adapter_model.safetensors"))]
+
+
+def test_adapters_differ_from_task_to_task(run):
+    first, second = (
+        load_file(run / "tasks" / name / "adapter" / "adapter_model.safetensors") for name in ("01-left", "02-right")
+    )
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    last = load_file(max((run / "commits").iterdir()) / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(second[name], last[name]) for name in second)
+
+
+def test_resuming_a_finished_run_only_writes_its_report_again(run, monkeypatch):
+    before = snapshot(run)
+    shutil.rmtree(run / "report")
+    monkeypatch.setattr(InlineWorkers, "collect", lambda *_: pytest.fail("an episode was played"))
+    experiment.resume(run)
+    assert snapshot(run) == before
+    assert (run / "report" / "index.html").is_file()
+
+
+def test_a_lost_cell_is_played_again_and_nothing_else(run, tmp_path, no_report):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    cell = copy / "evaluations" / "02" / "greedy" / "id" / "right.json"
+    cell.unlink()
+    experiment.resume(copy)
+    assert essence(copy) == essence(run)
+
+
+def test_a_folder_with_a_run_in_it_is_refused(run, config):
+    before = snapshot(run)
+    with pytest.raises(PerennialError, match="is not empty; go on with the run in it by `perennial resume"):
+        experiment.start(config, "toy", run)
+    assert snapshot(run) == before
+
+
+def test_a_run_that_somebody_writes_is_refused(run):
+    with (
+        RunFolder.open_locked(run),
+        pytest.raises(PerennialError, match=rf"Process {os.getpid()} is writing"),
+    ):
+        experiment.resume(run)
+
+
+def test_joint_learning_sees_all_tasks_at_once_with_the_budget_of_all(config, tmp_path, no_report):
+    joint = experiment.start(replace(config, schedule="joint"), "toy", tmp_path / "joint")
+    assert {cell.row for cell in RunFolder.open(joint).cells()} == {0, 1}
+    metrics = lines(joint / "metrics.jsonl")
+    assert [(row["task_index"], row["iteration"]) for row in metrics] == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    assert [p.name for p in (joint / "tasks").iterdir()] == ["01-2 tasks"]
+
+
+def test_every_parameter_can_learn_without_an_adapter(config, tmp_path, toy_checkpoint, no_report):
+    full = replace(config, policy=replace(config.policy, adapter=None))
+    run = experiment.start(full, "toy", tmp_path / "full")
+    learned = load_file(run / "tasks" / "02-right" / "model.safetensors")
+    base = ToyPolicy.load(toy_checkpoint).acting_weights()
+    assert learned.keys() == base.keys()
+    assert not torch.equal(learned["trunk.weight"], base["trunk.weight"])
+    assert not (run / "tasks" / "02-right" / "adapter").exists()
+
+
+def test_the_first_and_the_last_row_are_filmed(config, tmp_path, monkeypatch, no_report):
+    filmed = []
+    monkeypatch.setattr(experiment.video, "encode", lambda frames, target, fps: filmed.append((frames, target)))
+    experiment.start(replace(config, evaluation=replace(config.evaluation, film=24)), "toy", tmp_path / "film")
+    videos = tmp_path / "film" / "videos"
+    assert [target for _, target in filmed] == [videos / row / f"{task}.mp4" for row in ("00", "02") for task in TASKS]
+    assert all(frames.shape[1:] == (24, 24, 3) and len(frames) > 1 for frames, _ in filmed)
+
+
+def test_a_run_without_learning_signal_says_so(config, tmp_path, capsys, no_report):
+    tiny = replace(config, recipe=(GRPO(iterations=1, groups=1, group_size=2),))
+    run = experiment.start(tiny, "toy", tmp_path / "tiny")
+    assert [row["kept"] for row in lines(run / "metrics.jsonl")] == [0, 0]
+    assert "No learning signal: the 2 episodes of left ended alike" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_nan_stops_the_run_with_its_last_good_state_committed(
+    run, toy_checkpoint, tmp_path, monkeypatch, capsys, no_report
+):
+    calls = iter(range(10**6))
+    healthy = GRPO.loss
+
+    def spoilt(self, policy, batch):
+        loss, figures = healthy(self, policy, batch)
+        return (loss * float("nan") if next(calls) == 19 else loss), figures  # in the third of four iterations
+
+    monkeypatch.setattr(GRPO, "loss", spoilt)
+    broken = tmp_path / "broken"
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["run", "toyhouse.preset", f"--run-dir={broken}", f"--policy.checkpoint={toy_checkpoint}"])
+    assert stop.value.code == 3
+    assert "became not-a-number (loss nan" in capsys.readouterr().err
+    assert RunFolder.open(broken).latest().state["cursor"] == {"phase": 1, "stage": 0, "iteration": 0}
+    monkeypatch.setattr(GRPO, "loss", healthy)
+    experiment.resume(broken)
+    assert essence(broken) == essence(run)
+
+
+def test_ctrl_c_finishes_the_iteration_and_the_run_goes_on_later(toy_checkpoint, tmp_path, monkeypatch, no_report):
+    """The world sends SIGINT to the run and its worker in the middle of the second task's second iteration."""
+    monkeypatch.setenv("UNRELIABLE", str(tmp_path))
+    arguments = [
+        "--suite=toyhouse.unreliable",
+        "--tasks.trained=works,interrupts-once",
+        "--tasks.held_out=",
+        "--recipe.grpo.iterations=3",
+        f"--policy.checkpoint={toy_checkpoint}",
+    ]
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    command = [sys.executable, "-m", "perennial", "run", "toyhouse.preset", "--run-dir", str(stopped), *arguments]
+    done = subprocess.run(
+        [*command, "--workers.backend=process"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Press Ctrl-C again to stop at once" in done.stdout
+    assert done.stderr.startswith("perennial: Stopped with everything committed; continue by `perennial resume")
+    assert len(done.stderr.splitlines()) == 1
+    assert RunFolder.open(stopped).latest().state["cursor"] == {"phase": 1, "stage": 0, "iteration": 2}
+    experiment.resume(stopped)
+    cli.main(["run", "toyhouse.preset", "--run-dir", str(whole), *arguments])
+    assert essence(stopped) == essence(whole)
+
+
+@pytest.mark.parametrize(("after", "row"), [(0, 0), (1, 1), (-1, 2)])
+@pytest.mark.parametrize(("temperature", "decoder"), [(1.0, "sampled"), (0.0, "greedy")])
+def test_a_standalone_evaluation_agrees_with_the_matrix(run, monkeypatch, capsys, after, row, temperature, decoder):
+    monkeypatch.setattr(standalone, "WorkerConfig", lambda: WorkerConfig("inline", slots=8))
+    cli.main(["evaluate", str(run), "--json", f"--after={after}", "--episodes=6", f"--temperature={temperature}"])
+    told = json.loads(capsys.readouterr().out)["tasks"]
+    cells = RunFolder.open(run).cells()
+    assert [entry["task"] for entry in told] == list(TASKS)
+    for entry in told:
+        assert entry["n"] == 6
+        assert entry["value"] == pytest.approx(np.mean(cells[Cell(row, decoder, "id", entry["task"])].successes))
+        assert entry["low"] <= entry["value"] <= entry["high"]
+
+
+def test_a_standalone_evaluation_takes_a_bare_checkpoint(run, toy_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(standalone, "WorkerConfig", lambda: WorkerConfig("inline", slots=8))
+    options = [f"--suite={TOY}", f"--policy={TOY}", "--tasks", "right", "left", "--episodes=6", "--json"]
+    cli.main(["evaluate", str(toy_checkpoint), *options])
+    told = json.loads(capsys.readouterr().out)["tasks"]
+    cells = RunFolder.open(run).cells()
+    assert [(entry["task"], entry["value"]) for entry in told] == [
+        (task, pytest.approx(np.mean(cells[Cell(0, "sampled", "id", task)].successes))) for task in ("right", "left")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--after=3", r"--after is 3, but the run has 2 tasks"),
+        ("--tasks=lefft", r"'lefft'\. Did you mean left"),
+        ("--variant=od_test", r"'od_test'\. Did you mean ood_test"),
+        ("--episodes=0", r"--episodes is 0, but it must be above 0"),
+        ("--temperature=-1", r"--temperature is -1\.0, but it must be 0 or more"),
+    ],
+)
+def test_an_evaluation_that_cannot_work_is_refused(run, option, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", str(run), option])
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
