@@ -17,6 +17,13 @@ from perennial.config import preset
 from perennial.doctor import describe_machine
 
 ROOT = Path(__file__).parent.parent
+READING = """## How to read it
+
+The ceiling replays the same episodes, actions and images in as many processes, without a policy and without collecting
+anything. What lies between it and a rollout is almost only the forward pass, which shares the core with the simulator:
+there is no waiting and no communication while a worker plays its share. The simulator itself was made faster first (no
+needless drawing, resets without settling twice, one renderer a task), which raises the ceiling and so lowers the share.
+The plain way draws a picture in default quality at every step; it is there to show what drawing costs."""
 WORDS = {
     "steps_per_second": "environment steps per second while a policy acts",
     "ceiling_steps_per_second": "the same steps and images without a policy",
@@ -76,7 +83,7 @@ def _page(results: dict) -> str:  # type: ignore[type-arg]
     ]
     for part in ("rollout", "learning", "house"):
         lines += [f"| {WORDS[name]} | {_number(value)} |" for name, value in results[part].items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", READING]) + "\n"
 
 
 def _number(value: float) -> str:
