@@ -2,10 +2,11 @@
 
     python benchmarks/merge.py --gigabytes 2
 
-Generates two bfloat16 checkpoints, then alternates `cp`-like copies (shutil, fsync) and linear merges, each in a
-process of its own, and prints the medians as JSON. A copy reads the model once and writes it once; a merge reads two
-models, hashes all three and writes one. `speed` is copy time / merge time: 1 means that merging costs what copying
-costs. With `--cold` the inputs are dropped from the page cache before every run.
+Generates two bfloat16 checkpoints, then alternates copies (shutil, fsync) and linear merges, each in a process of its
+own, and prints JSON. A copy reads the model once and writes it once; a merge reads two models, hashes all three and
+writes one. `speed` is the median copy time over the median merge time: at 1, merging costs what copying costs. It means
+something on an idle machine only; the CPU seconds say what a busy one would have to give. With `--cold` the inputs are
+dropped from the page cache before every run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if kind == "merge":
     from perennial.merging.checkpoints import merge_checkpoints
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
-before, start = peak(), time.perf_counter()
+before, start, cpu = peak(), time.perf_counter(), time.process_time()
 if kind == "merge":
     merge_checkpoints(base, tuned, out, alpha=0.8)
 else:
@@ -40,7 +41,8 @@ else:
         with (out / file.name).open("rb") as stream:
             os.fsync(stream.fileno())
 seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "peak_mb": peak(), "grown_mb": peak() - before}))
+cpu = time.process_time() - cpu
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak(), "grown_mb": peak() - before}))
 """
 
 
@@ -110,9 +112,11 @@ def summary(arguments: Arguments, runs: dict[str, list[dict[str, float]]]) -> di
         "gigabytes": arguments.gigabytes,
         "cold": arguments.cold,
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[2],
+        "load": os.getloadavg(),
         "copy_seconds": [round(r["seconds"], 2) for r in runs["copy"]],
         "merge_seconds": [round(r["seconds"], 2) for r in runs["merge"]],
+        "copy_cpu_seconds": [round(r["cpu_seconds"], 2) for r in runs["copy"]],
+        "merge_cpu_seconds": [round(r["cpu_seconds"], 2) for r in runs["merge"]],
         "speed": round(seconds["copy"] / seconds["merge"], 3),
         "merge_peak_mb": round(max(r["peak_mb"] for r in runs["merge"])),
         "merge_peak_grown_mb": round(max(r["grown_mb"] for r in runs["merge"])),

@@ -69,7 +69,7 @@ def change_by_peft(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"use_rslora": True}, {"rank_pattern": {"second": 4}, "alpha_pattern": {"block.second": 7, "words": 1}}],
+    [{}, {"use_rslora": True}, {"rank_pattern": {"second": 4}, "alpha_pattern": {"second": 7, "words": 1}}],
     ids=["plain", "rslora", "patterns"],
 )
 def test_the_deltas_are_those_of_peft(tmp_path, options):

@@ -234,7 +234,12 @@ BAD = {
     "quantised": (bad(lambda s: s | {"position_ids": torch.ones(6).long()}), {}, "position_ids is of type I64"),
     "other type": (bad(lambda s: s | {"position_ids": torch.ones(6)}), {}, "of type F32 and I64"),
     "nan": (bad(lambda s: s | {"mask": torch.full((2, 2), math.nan)}), {}, "mask is infinite or NaN after merging"),
-    "truncated": (truncate, {}, "is truncated, copy it again"),
+    "truncated": (truncate, {}, "is truncated or has bytes to spare, copy it again"),
+    "too long": (
+        lambda b, t: (t / "model.safetensors").open("ab").write(b"more"),
+        {},
+        "is truncated or has bytes to spare",
+    ),
     "no tensors": (lambda b, t: (t / "model.safetensors").write_bytes(b"PK" * 100), {}, "truncated or no safetensors"),
     "no file": (lambda b, t: (t / "model.safetensors").unlink(), {}, NOTHING),
     "no folder": (lambda b, t: shutil.rmtree(t), {}, NOTHING),

@@ -137,7 +137,7 @@ def _companions(model: Model) -> tuple[list[Path], tuple[str, ...]]:
         return [], ()
     beside = [p for p in sorted(model.path.iterdir()) if p not in model.files and not p.name.startswith(".")]
     left_out = tuple(path.name for path in beside if path.suffix in OTHER_WEIGHTS)
-    return [p for p in beside if p.name not in left_out and p.name != PROVENANCE], left_out
+    return [p for p in beside if p.name not in left_out], left_out
 
 
 def _size(path: Path) -> int:

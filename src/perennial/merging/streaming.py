@@ -96,8 +96,6 @@ class Merge:
     def _tensor(self, name: str) -> Iterator[Tensor]:
         """The merged blocks of a tensor; blocks that are the same in all models stay bit for bit."""
         kinds = {model.entries[name].dtype for model in self.models}
-        if not self.models[0].entries[name].blocks:
-            return
         merge = self._of_tensor(name) if kinds <= DTYPES.keys() else self._take(name, kinds)
         for number, tensors in enumerate(self._blocks(name)):
             if unchanged(tensors):

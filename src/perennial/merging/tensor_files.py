@@ -171,7 +171,9 @@ def read_header(file: Path) -> tuple[bytes, dict[str, Entry]]:
             raise PerennialError(f"{file} is damaged at the tensor {name}; copy it again.")
         start = entry.stop
     if start != size:
-        raise PerennialError(f"{file} has {size} bytes instead of {start}; it is truncated, copy it again.")
+        raise PerennialError(
+            f"{file} has {size} bytes instead of {start}; it is truncated or has bytes to spare, copy it again."
+        )
     return prefix + text, ordered
 
 
