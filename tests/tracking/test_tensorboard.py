@@ -1,4 +1,5 @@
 import sys
+import threading
 
 import pytest
 
@@ -18,10 +19,12 @@ def scalars(folder):
 
 
 def test_the_event_file_holds_every_scalar(tmp_path):
+    before = threading.active_count()
     tracker = discovery.find("tracking", "tensorboard", Tracker).open(tmp_path)
     tracker.log(0, {"success": 0.25, "kl": 0.5})
     tracker.log(7, {"success": 0.75})
     tracker.close()
+    assert threading.active_count() == before  # the thread that writes is done, so nothing is still on its way
     assert scalars(tmp_path) == {"success": [(0, 0.25), (7, 0.75)], "kl": [(0, 0.5)]}
 
 
