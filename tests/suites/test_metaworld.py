@@ -85,8 +85,8 @@ def test_sentences_of_every_task(task):
     sequences_name_tasks_once(SUITE, task)
 
 
-@pytest.mark.parametrize("name", [None, "demo", "simple_recipe"])
-def test_every_word_of_evaluation_is_trained_somewhere_in_the_sequence(name):
+@pytest.mark.parametrize("name", [None, "demo"])
+def test_every_word_of_evaluation_is_trained_somewhere(name):
     tasks = (*SUITE.sequences[name].trained, *SUITE.sequences[name].held_out) if name else tuple(SUITE.tasks)
     trained = {word for task in tasks for sentence in SUITE.tasks[task].instructions for word in sentence.split()}
     assert not {word for task in tasks for word in SUITE.tasks[task].evaluation_instruction.split()} - trained

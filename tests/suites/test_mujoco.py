@@ -76,6 +76,13 @@ def test_a_shared_painter_lives_as_long_as_somebody_holds_it():
     give_back("key")
 
 
+def test_painters_that_nobody_closed_are_closed_at_exit():
+    painters = [borrow(key, FakePainter) for key in ("one", "two")]
+    _mujoco._close_all()
+    assert all(painter.closed for painter in painters)
+    assert not _mujoco._shared
+
+
 @pytest.mark.simulator
 def test_the_check_draws_a_red_box_on_green_ground():
     picture = render_check().astype(int)
@@ -86,12 +93,16 @@ def test_the_check_draws_a_red_box_on_green_ground():
 
 
 @pytest.mark.simulator
-def test_leaving_without_closing_is_silent():
+@pytest.mark.parametrize("backend", ["egl", "osmesa"])
+def test_leaving_without_closing_is_silent(backend):
+    if not _mujoco._loadable(backend):
+        pytest.skip(f"there is no {backend} library")
     code = (
         "from perennial.suites.metaworld import MetaWorld; e = MetaWorld().make('reach-v3'); e.reset(); "
         "e.render(); e.film(32)"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert "Error" not in ended.stderr
     assert "Traceback" not in ended.stderr
 

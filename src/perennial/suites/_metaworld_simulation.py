@@ -108,7 +108,6 @@ class Simulation(SawyerXYZEnv):  # type: ignore[misc]
 
     def _initialize_simulation(self) -> tuple[Any, Any]:
         self._shared = compiled(self.fullpath, self._variant)
-        self._shared.lend(self._me, self._shared.original)
         return self._shared.model, mujoco.MjData(self._shared.model)
 
     def begin(self, split: str, index: int) -> None:
