@@ -192,6 +192,46 @@ class Pretrain:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Merge fine-tuned checkpoints or adapters into the base they came from, tensor by tensor."""
+
+    base: Positional[Path]
+    """Pretrained checkpoint; everything but the weights is copied from it."""
+    finetuned: Positional[tuple[Path, ...]]
+    """Fine-tuned checkpoints or PEFT adapter folders."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder of the merged checkpoint; it must not exist."""
+    method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare"] = "linear"
+    """How to merge."""
+    alpha: float = 0.8
+    """Weight of what the fine-tuning changed, from 0 (base) to 1 (fine-tuned)."""
+    vision: float | None = None
+    """Alpha of the vision parameters, where it differs."""
+    language: float | None = None
+    """Alpha of the language parameters, where it differs."""
+    action: float | None = None
+    """Alpha of the action parameters, where it differs."""
+    extrapolate: bool = False
+    """Allow an alpha outside 0 to 1."""
+
+    def __call__(self) -> None:
+        """Merge."""
+        from perennial.merging.checkpoints import merge_checkpoints
+
+        groups = {"vision": self.vision, "language": self.language, "action": self.action}
+        merge_checkpoints(
+            self.base,
+            self.finetuned,
+            self.out,
+            method=self.method,
+            alpha=self.alpha,
+            alpha_by_group={group: alpha for group, alpha in groups.items() if alpha is not None},
+            extrapolate=self.extrapolate,
+        )
+        console.print(f"Merged checkpoint: {self.out}")
+
+
+@dataclass(frozen=True)
 class Doctor:
     """Check this machine: Python, torch, rendering, simulators, memory, disk. Prints the fix for each problem."""
 
@@ -233,6 +273,7 @@ COMMANDS: dict[str, type] = {
     "compare": Compare,
     "demos": Demos,
     "pretrain": Pretrain,
+    "merge": Merge,
     "doctor": Doctor,
     "list": List,
 }
