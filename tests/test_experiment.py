@@ -24,6 +24,7 @@ from perennial.learning.grpo import GRPO
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
+from perennial.strategies._composition import Strategies
 from perennial.testing.toy import ToyPolicy, ToySuite
 from toyhouse.runs import TOY, essence, toy_config
 
@@ -168,6 +169,34 @@ def test_a_lost_cell_is_played_again_and_nothing_else(run, tmp_path, no_report):
     cell.unlink()
     experiment.resume(copy)
     assert essence(copy) == essence(run)
+
+
+@pytest.fixture
+def before_the_last_task_ended(run, tmp_path):
+    """The same run, killed after the last iteration of the last task and before anything that follows it."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(max((copy / "commits").iterdir()))
+    shutil.rmtree(copy / "tasks" / "02-right")
+    shutil.rmtree(copy / "evaluations" / "02")
+    assert RunFolder.open(copy).latest().state["cursor"] == {"phase": 1, "stage": 0, "iteration": 2}
+    return copy
+
+
+def test_a_lost_cell_of_an_earlier_row_is_not_played_with_later_weights(run, before_the_last_task_ended, no_report):
+    copy = before_the_last_task_ended
+    lost = Path("evaluations", "01", "greedy", "id", "right.json")
+    (copy / lost).unlink()
+    experiment.resume(copy)
+    assert essence(copy) == {name: content for name, content in essence(run).items() if name != str(lost)}
+
+
+def test_a_task_ends_with_as_many_threads_in_a_resumed_run(before_the_last_task_ended, monkeypatch, no_report):
+    threads = []
+    monkeypatch.setattr(experiment, "learner_threads", lambda: 3)
+    monkeypatch.setattr(Strategies, "after_task", lambda *_: threads.append(torch.get_num_threads()))
+    torch.set_num_threads(1)
+    experiment.resume(before_the_last_task_ended)
+    assert threads == [3]
 
 
 def test_a_folder_with_a_run_in_it_is_refused(run, config):

@@ -21,7 +21,7 @@ from perennial import faults, overrides
 from perennial.config import Config
 from perennial.doctor import describe_machine
 from perennial.evaluation.evaluate import evaluation_episodes
-from perennial.learning.stage import Iteration, learn
+from perennial.learning.stage import Iteration, learn, learner_threads
 from perennial.policies._learned import save_learned
 from perennial.reports import page, video
 from perennial.rollout.trajectory import Episode, Trajectory
@@ -49,7 +49,8 @@ def _run(config: Config, folder: RunFolder) -> None:
     """The task loop: row 0 of the success matrix, then for each phase learn it and add a row."""
     with ExitStack() as stack:
         session = prepare(config, folder, stack)
-        _evaluate_row(session, session.cursor.phase)
+        if session.cursor == Cursor(session.cursor.phase):  # later, the policy is no longer the one of this row
+            _evaluate_row(session, session.cursor.phase)
         for phase in range(session.cursor.phase, len(config.phases)):
             _learn_phase(session, phase)
             _evaluate_row(session, phase + 1)
@@ -82,6 +83,7 @@ def _learn_phase(session: Session, phase: int) -> None:
             on_iteration=functools.partial(_finish_iteration, session, phase, number, objective.iterations),
         )
     session.optimizer = None
+    torch.set_num_threads(learner_threads())  # also where no iteration was left to learn: rounding depends on it
     for task in tasks:
         session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, task))
     base = config.policy.checkpoint
@@ -106,8 +108,8 @@ def _finish_iteration(session: Session, phase: int, stage: int, total: int, done
     row = {"event": "iteration", "task": label, **place, "objective": objective, **played, **done.metrics}
     session.folder.log("metrics", row)
     session.folder.log("timings", {"event": "iteration", **place, **seconds})
-    step = sum(s.iterations for s in session.config.recipe[:stage]) + done.number
-    step += phase * sum(s.iterations for s in session.config.recipe)
+    iterations = [s.iterations for s in session.config.recipe]
+    step = phase * sum(iterations) + len(session.config.phases[phase]) * sum(iterations[:stage]) + done.number
     for tracker in session.trackers:
         tracker.log(step, {**done.metrics, **({} if done.success is None else {"success": done.success})})
     session.commit(Cursor(phase, stage, done.number + 1))
