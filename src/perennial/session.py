@@ -143,7 +143,7 @@ def done_episodes(config: Config, folder: RunFolder, cursor: Cursor) -> int:
     """Those of them that are committed."""
     evaluated = sum(folder.has_cell(cell) for row in range(len(config.phases) + 1) for cell in cells(config, row))
     per_stage = [_stage_episodes(config, stage) * stage.iterations for stage in config.recipe]
-    done = cursor.phase * sum(per_stage) + sum(per_stage[: cursor.stage])
+    done = len(config.phases[0]) * (cursor.phase * sum(per_stage) + sum(per_stage[: cursor.stage]))
     if cursor.iteration:
         done += cursor.iteration * _stage_episodes(config, config.recipe[cursor.stage])
     return done + evaluated * config.evaluation.episodes

@@ -258,6 +258,15 @@ def test_groups_are_dealt_to_tasks_states_and_words_in_turn():
     assert words == {*tasks[0].instructions, *tasks[1].instructions}
 
 
+def test_tasks_get_the_same_number_of_groups_also_where_these_do_not_divide():
+    suite = ToySuite()
+    tasks = (suite.tasks["left"], suite.tasks["up"])
+    objective = GRPO(groups=3, group_size=2, initial_states=9)
+    episodes = [e for number in range(4) for e in objective.episodes(tasks, ("train", 0, 0, number))]
+    for task in tasks:
+        assert [e.initial_state for e in episodes[::2] if e.task == task.name] == [0, 1, 2, 3, 4, 5]
+
+
 def train(checkpoint, objective, seed=0):
     """Learn "left" from `checkpoint`; the iterations and the policy."""
     policy, done = ToyPolicy.load(checkpoint), []

@@ -57,8 +57,8 @@ class GRPO(Objective):
         iteration = int(key[-1])
         episodes: list[Episode] = []
         for group in range(self.groups):
-            task = tasks[group % len(tasks)]
             turn = iteration * self.groups + group
+            task = tasks[turn % len(tasks)]
             state = turn // len(tasks) % self.initial_states
             instruction = task.instructions[turn // len(tasks) % len(task.instructions)]
             episodes.extend(
