@@ -42,8 +42,15 @@ def pretrain(options: Pretrain, console: Console) -> None:
     """Clone the demonstrations in `options.demonstrations` into a new checkpoint at `options.out`.
 
     Raises:
-        PerennialError: the output exists, or there are no demonstrations.
+        PerennialError: the output exists, a number is out of range, or there are no demonstrations.
     """
+    for name, least in (("steps", 1), ("batch_size", 1), ("episodes", 0)):
+        if getattr(options, name) < least:
+            raise PerennialError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}."
+            )
+    if not options.learning_rate > 0:
+        raise PerennialError(f"--learning-rate is {options.learning_rate}; it must be above 0.")
     if options.out.exists():
         raise PerennialError(f"{options.out} exists already; choose another folder for the checkpoint.")
     suite = discovery.find("suites", options.suite, Suite)()

@@ -21,11 +21,14 @@ def record(options: Demos, console: Console) -> None:
     """Record `options.count` demonstrations of each task into `options.out`.
 
     Raises:
-        PerennialError: an unknown task, a count below 1, or see `record_all`.
+        PerennialError: an unknown task, a number out of range, or see `record_all`.
     """
     suite = discovery.find("suites", options.suite, Suite)()
-    if options.count < 1:
-        raise PerennialError(f"--count is {options.count}, but it must be above 0.")
+    for name, least in (("count", 1), ("image_every", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            raise PerennialError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}."
+            )
     tasks = options.tasks or tuple(suite.tasks)
     for task in tasks:
         if task not in suite.tasks:
