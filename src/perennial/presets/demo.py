@@ -1,4 +1,4 @@
-"""Three Meta-World tasks in a row with LoRA and GRPO, about eight minutes on two processor cores."""
+"""Three Meta-World tasks in a row with LoRA and GRPO, about five minutes on two processor cores."""
 
 from perennial.config import Config, Tasks
 from perennial.suites.metaworld import MetaWorld
