@@ -68,6 +68,16 @@ def test_processes_and_this_process_play_the_same(pair, toy_checkpoint):
     assert sorted(ended) == sorted((int(t.steps.sum()), t.success) for t in got)
 
 
+def test_ctrl_c_is_not_for_workers_even_while_they_start(toy_checkpoint):
+    cast = Cast(TOY, TOY, toy_checkpoint, seed=7)
+    with ProcessWorkers(WorkerConfig("process", count=1), cast, ToyPolicy().acting_weights()) as workers:
+        process = workers._workers[0].process
+        os.kill(process.pid, signal.SIGINT)
+        assert len(workers.collect(requests())) == ENOUGH
+        assert workers._workers[0].process is process
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+
+
 def test_fewer_episodes_than_workers(pair, toy_checkpoint):
     with closing(inline(toy_checkpoint, suite="toyhouse.unreliable")) as alone:
         assert_same(pair.collect(requests("works", 1)), alone.collect(requests("works", 1)))

@@ -165,7 +165,9 @@ class ProcessWorkers:
 
         def start(connection: Connection) -> BaseProcess:
             process = context.Process(target=_serve, args=(connection, cast, config.slots, self._flat), daemon=True)
+            former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's to answer
             process.start()
+            signal.signal(signal.SIGINT, former)
             return process
 
         self._workers = [_Worker(start) for _ in range(count)]
@@ -226,7 +228,6 @@ class ProcessWorkers:
 
 def _serve(connection: Connection, cast: Cast, slots: int, flat: Tensor) -> None:
     """The life of a worker process: play what is asked until the parent goes away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     torch.set_num_threads(1)
     policy, environments = _assemble(cast)
     bind(policy.model, flat, flatten(policy.acting_weights())[1])
