@@ -68,12 +68,16 @@ def pretrain(options: Pretrain, console: Console) -> None:
         "demonstrations": {task: sum(d.task == task for d in demonstrations) for task in tasks_of(demonstrations)},
     }
 
+    success: dict[str, dict[str, float]] = {}
+
     def write(target: Path) -> None:
         policy.save(target, torch.bfloat16)
-        success = measure(options, target, tasks_of(demonstrations), console) if options.episodes else {}
         (target / "pretraining.json").write_text(json.dumps(manifest | {"success": success}, indent=2) + "\n")
 
-    commit_folder(options.out, write)
+    commit_folder(options.out, write)  # before it is measured, so that a simulator that fails loses nothing
+    if options.episodes:
+        success |= measure(options, options.out, tasks_of(demonstrations), console)
+        commit_folder(options.out, write)
     console.print(f"Checkpoint: {options.out}")
 
 
