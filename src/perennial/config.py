@@ -154,6 +154,12 @@ def validate(config: Config) -> Config:
                     f"{part.name!r} needs `{method}`, which the policy {config.policy.name!r} does not have; "
                     "choose another strategy or policy."
                 )
+    for hook, what in (("parameter_groups", "set learning rates"), ("policy_for", "choose the weights that act")):
+        owners = [part.name for part in config.strategies if getattr(type(part), hook) is not getattr(Strategy, hook)]
+        if len(owners) > 1:
+            raise PerennialError(f"The strategies {' and '.join(owners)} all {what}; keep one of them.")
+    for stage in config.recipe:
+        stage.check(config.tasks.trained)
     for tracker in config.trackers:
         discovery.load("tracking", tracker)
     _check_ranges(config)
@@ -185,6 +191,10 @@ def _check_ranges(value: Any, path: str = "") -> None:
                 _check_ranges(part, f"{name}.{getattr(part, 'name', '')}.")
         elif is_dataclass(child):
             _check_ranges(child, f"{name}.")
+        elif isinstance(child, Mapping) and any(number <= 0 for number in child.values()):
+            raise PerennialError(f"--{name} is {dict(child)}, but its numbers must be above 0.")
+        elif f.name == "betas" and not all(0 <= beta < 1 for beta in child):
+            raise PerennialError(f"--{name} is {child}, but both must be at least 0 and below 1.")
         elif isinstance(child, int | float) and (child < 0 or (child == 0 and f.name not in NON_NEGATIVE)):
             least = "0 or more" if f.name in NON_NEGATIVE else "above 0"
             raise PerennialError(f"--{name} is {child}, but it must be {least}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -39,6 +39,14 @@ class Objective(ABC):
     def requires(self) -> frozenset[str]:
         """Names of optional policy methods that this objective calls."""
         return frozenset()
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """See that what is needed to learn the tasks of these names is there, before a run starts.
+
+        Raises:
+            PerennialError: it is not.
+        """
+        return
 
     @abstractmethod
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from perennial.demonstrations.dataset import load, to_batch
+from perennial.errors import PerennialError
 from perennial.learning.base import Metrics, Objective, gradient_step
 from perennial.policies.base import Batch, Policy
 from perennial.randomness import Key
@@ -35,6 +36,15 @@ class SFT(Objective):
     demonstrations: str = "demonstrations"
     steps: int = 8
     batch_size: int = 256
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Every task has been demonstrated."""
+        for task in tasks:
+            if not any(Path(self.demonstrations, task).glob("*.safetensors")):
+                raise PerennialError(
+                    f"There is no demonstration of {task} in {self.demonstrations!r}; record some by "
+                    f"`perennial demos {self.demonstrations} --tasks {task}`, or set --recipe.sft.demonstrations."
+                )
 
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """None: the experience is recorded already."""
