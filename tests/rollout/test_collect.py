@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from perennial.policies.base import ActionChunk
+from perennial.rollout import collect
 from perennial.rollout.collect import FILM_EVERY, Environments, play
 from perennial.rollout.trajectory import Episode
 from perennial.testing.toy import ToyEnvironment, ToyPolicy, ToySuite
@@ -155,6 +156,19 @@ def test_environments_are_reused_and_closed():
     assert suite.counts["close"] == 4
 
 
+def test_idle_environments_of_tasks_played_long_ago_are_closed(monkeypatch):
+    monkeypatch.setattr(collect, "KEPT", 3)
+    suite = CountingSuite()
+    environments = Environments(suite, 8)
+    for task in ("left", "right", "up", "down"):
+        play(Straight(), environments, [request(0, task)], 0, 4)
+    assert (suite.counts["make"], suite.counts["close"]) == (4, 1)
+    play(Straight(), environments, [request(0, "down"), request(0, "up")], 0, 4)
+    assert suite.counts["make"] == 4
+    play(Straight(), environments, [request(0, "left")], 0, 4)
+    assert (suite.counts["make"], suite.counts["close"]) == (5, 2)
+
+
 def test_what_is_not_kept_is_not_brought_back():
     trajectories = played(REQUESTS)
     outcomes = played([replace(episode, keep=False) for episode in REQUESTS])
@@ -165,23 +179,20 @@ def test_what_is_not_kept_is_not_brought_back():
 
 
 def test_films_show_the_first_the_last_and_every_second_step():
-    solved, failed = play(
-        Straight(),
-        Environments(ToySuite(), 8),
-        [request(0, "left", film=32, keep=False), request(1, "right", film=32, keep=False)],
-        0,
-        4,
-    )
-    for trajectory in (solved, failed):
-        steps = int(trajectory.steps.sum())
-        assert trajectory.frames.shape == (1 + -(-steps // FILM_EVERY), 32, 32, 3)
-        assert trajectory.frames.dtype == np.uint8
+    requests = [request(i, task, film=32, keep=False) for i in range(5) for task in ("left", "right")]
+    trajectories = play(Straight(), Environments(ToySuite(), 8), requests, 0, 10)
+    lengths = {int(trajectory.steps.sum()) for trajectory in trajectories}
+    assert {length % FILM_EVERY for length in lengths} == {0, 1}
+    for trajectory in trajectories:
         environment = ToySuite().make(trajectory.episode.task)
         environment.reset(options={"split": "training", "index": trajectory.episode.initial_state})
-        np.testing.assert_array_equal(trajectory.frames[0], environment.film(32))
-        for _ in range(steps):
+        frames = [environment.film(32)]
+        for step in range(1, int(trajectory.steps.sum()) + 1):
             environment.step(np.array([-1.0, 0.0], np.float32))
-        np.testing.assert_array_equal(trajectory.frames[-1], environment.film(32))
+            if step % FILM_EVERY == 0 or step == trajectory.steps.sum():
+                frames.append(environment.film(32))
+        np.testing.assert_array_equal(trajectory.frames, np.stack(frames))
+        assert trajectory.frames.dtype == np.uint8
     assert played([request(0)])[0].frames.size == 0
 
 
