@@ -178,8 +178,18 @@ def test_provenance_names_every_file_by_its_hash_and_keeps_the_merges_before(pai
     assert set(record["alpha_by_group"].values()) == {0.25}
     assert record["base"]["sha256"] == sha256(tmp_path / "first")
     assert record["finetuned"][0]["sha256"] == sha256(tuned)
-    assert record["merged"]["sha256"] == sha256(tmp_path / "second")
     assert record["base"]["provenance"] == json.loads((tmp_path / "first/merge_provenance.json").read_text())
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp", "ties"])
+def test_inputs_are_hashed_whole_in_whatever_order_they_are_read(tmp_path, monkeypatch, method):
+    monkeypatch.setattr(tensor_files, "BLOCK", 100_000)
+    base, tuned = write(tmp_path / "base", weights(1)), write(tmp_path / "tuned", weights(2), sharded=True)
+    merge_checkpoints(base, tuned, tmp_path / "out", method=method)
+    record = json.loads((tmp_path / "out/merge_provenance.json").read_text())
+    for folder, found in ((base, record["base"]), (tuned, record["finetuned"][0])):
+        files = sorted(folder.glob("*.safetensors"))
+        assert found["sha256"] == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def test_progress_counts_the_bytes_of_the_weights(pair, tmp_path):

@@ -5,6 +5,7 @@ A and B are not unique (B R and R^-1 A give the same product), so averaging or t
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -178,12 +179,13 @@ class AdaptedCheckpoint:
 
     def reader(self) -> BlockReader:
         """Open the files."""
-        return _AdaptedReader(self._base, self._layers)
+        return _AdaptedReader(self._base, self.path / WEIGHTS, self._layers)
 
 
 class _AdaptedReader:
-    def __init__(self, base: Checkpoint, layers: Mapping[str, Layer]) -> None:
-        self._base = base.reader()
+    def __init__(self, base: Checkpoint, weights: Path, layers: Mapping[str, Layer]) -> None:
+        self._base = base.plain_reader()
+        self._weights = weights
         self._layers = layers
 
     def block(self, name: str, number: int) -> Tensor:
@@ -196,6 +198,9 @@ class _AdaptedReader:
         first = start // columns
         rows = (left[first : -(-stop // columns)] @ right).flatten()
         return weights.to(accumulator(weights)) + rows[start - first * columns : stop - first * columns]
+
+    def hashes(self) -> dict[str, str]:
+        return {self._weights.name: hashlib.sha256(self._weights.read_bytes()).hexdigest()}
 
     def close(self) -> None:
         self._base.close()

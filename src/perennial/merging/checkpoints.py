@@ -151,7 +151,7 @@ def _provenance(
     needed = {"ties": {"density": settings.density}, "dare": {"drop": settings.drop, "seed": settings.seed}}
     origins = [
         {"path": str(model.path), "sha256": found} | _earlier(model.path)
-        for model, found in zip(models, hashes[:-1], strict=True)
+        for model, found in zip(models, hashes, strict=True)
     ]
     return {
         "perennial": perennial.__version__,
@@ -162,7 +162,6 @@ def _provenance(
         "changed_tensors": report.changed,
         "base": origins[0],
         "finetuned": origins[1:],
-        "merged": {"sha256": hashes[-1]},
     }
 
 

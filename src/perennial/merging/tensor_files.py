@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +21,12 @@ from perennial.merging.state_dicts import BLOCK
 INDEX = ".safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that can be merged; all others are read as bytes."""
+
+BUFFERS = 4
+"""Blocks of a model that may wait to be hashed."""
+
+NOTHING: Future[None] = Future()
+NOTHING.set_result(None)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,10 @@ class BlockReader(Protocol):
 
     def block(self, name: str, number: int) -> Tensor:
         """Elements [number * BLOCK, (number + 1) * BLOCK) of the flattened tensor, valid until the next call."""
+        ...
+
+    def hashes(self) -> dict[str, str]:
+        """File name -> SHA-256 of each file; what was not read yet is read now."""
         ...
 
     def close(self) -> None:
@@ -93,7 +106,11 @@ class Checkpoint:
 
     def reader(self) -> BlockReader:
         """Open the files."""
-        return _Reader(self)
+        return _Reader(self, hashing=True)
+
+    def plain_reader(self) -> BlockReader:
+        """Open the files to read them without hashing on the way."""
+        return _Reader(self, hashing=False)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -178,22 +195,60 @@ def read_header(file: Path) -> tuple[bytes, dict[str, Entry]]:
 
 
 class _Reader:
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    """Hashes each file in a thread as far as it happens to be read in order, so that bytes are read only once."""
+
+    def __init__(self, checkpoint: Checkpoint, hashing: bool) -> None:
         self._entries = checkpoint.entries
-        self._streams = {file: file.open("rb", buffering=0) for file in checkpoint.files}
-        self._buffer = torch.empty(BLOCK * 8, dtype=torch.uint8)
+        self._files = {file: _HashedFile(file) for file in checkpoint.files}
+        self._hashing = hashing
+        self._hasher = ThreadPoolExecutor(1)
+        self._buffers = deque((torch.empty(BLOCK * 8, dtype=torch.uint8), NOTHING) for _ in range(BUFFERS))
 
     def block(self, name: str, number: int) -> Tensor:
         entry = self._entries[name]
         step = BLOCK * entry.type.itemsize
         start = entry.start + number * step
         size = min(step, entry.stop - start)
-        stream = self._streams[entry.file]
-        stream.seek(start)
-        if stream.readinto(self._buffer.numpy().data[:size]) != size:
-            raise PerennialError(f"{entry.file} has changed while it was read; merge again.")
-        return self._buffer[:size].view(entry.type)
+        file = self._files[entry.file]
+        buffer, in_use = self._buffers.popleft()
+        in_use.result()
+        view = buffer.numpy().data[:size]
+        file.read(start, view)
+        if self._hashing and start == file.hashed:
+            file.hashed += size
+            in_use = self._hasher.submit(file.digest.update, view)
+        self._buffers.append((buffer, in_use))
+        return buffer[:size].view(entry.type)
+
+    def hashes(self) -> dict[str, str]:
+        for _, in_use in self._buffers:
+            in_use.result()
+        return {file.path.name: file.finish() for file in self._files.values()}
 
     def close(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
+        self._hasher.shutdown(cancel_futures=True)
+        for file in self._files.values():
+            file.stream.close()
+
+
+class _HashedFile:
+    """A file and the hash of its first `hashed` bytes."""
+
+    def __init__(self, path: Path) -> None:
+        header = read_header(path)[0]
+        self.path = path
+        self.stream = path.open("rb", buffering=0)
+        self.digest = hashlib.sha256(header)
+        self.hashed = len(header)
+
+    def read(self, start: int, view: memoryview) -> None:
+        self.stream.seek(start)
+        if self.stream.readinto(view) != len(view):
+            raise PerennialError(f"{self.path} has changed while it was read; merge again.")
+
+    def finish(self) -> str:
+        """The SHA-256 of the whole file."""
+        self.stream.seek(self.hashed)
+        while rest := self.stream.read(BLOCK):
+            self.digest.update(rest)
+        return self.digest.hexdigest()
