@@ -3,10 +3,11 @@
     python benchmarks/merge.py --gigabytes 2
 
 Generates two bfloat16 checkpoints, then alternates copies (shutil, fsync) and linear merges, each in a process of its
-own, and prints JSON. A copy reads the model once and writes it once; a merge reads two models, hashes all three and
-writes one. `speed` is the median copy time over the median merge time: at 1, merging costs what copying costs. It means
-something on an idle machine only; the CPU seconds say what a busy one would have to give. With `--cold` the inputs are
-dropped from the page cache before every run.
+own, and prints JSON. A copy reads the model once and writes it once; a merge reads and hashes two models and writes
+one. `speed` is median copy time over median merge time: 1 means that merging costs what copying the result costs;
+`input_speed` is the same for copying both inputs, the bytes that a merge has to read. Times mean something on an idle
+machine only; the CPU seconds say what bounds the merge where the disk is fast and cores are few: SHA-256. With `--cold`
+the inputs are dropped from the page cache before every run.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ def summary(arguments: Arguments, runs: dict[str, list[dict[str, float]]]) -> di
         "copy_cpu_seconds": [round(r["cpu_seconds"], 2) for r in runs["copy"]],
         "merge_cpu_seconds": [round(r["cpu_seconds"], 2) for r in runs["merge"]],
         "speed": round(seconds["copy"] / seconds["merge"], 3),
+        "input_speed": round(2 * seconds["copy"] / seconds["merge"], 3),
         "merge_peak_mb": round(max(r["peak_mb"] for r in runs["merge"])),
         "merge_peak_grown_mb": round(max(r["grown_mb"] for r in runs["merge"])),
     }
