@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
@@ -192,6 +194,46 @@ def test_inputs_are_hashed_whole_in_whatever_order_they_are_read(tmp_path, monke
         assert found["sha256"] == {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+class SlowHash:
+    """SHA-256 that takes its time, so that the reader runs ahead of it."""
+
+    def __init__(self, start: bytes) -> None:
+        self._digest = hashlib.sha256(start)
+
+    def update(self, data: memoryview) -> None:
+        time.sleep(0.002)
+        self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def test_a_reader_keeps_its_memory_until_it_is_hashed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "BLOCK", 64)
+    base = write(tmp_path / "base", {"w": torch.randn(4000)})
+    monkeypatch.setattr(tensor_files, "hashlib", types.SimpleNamespace(sha256=SlowHash))
+    checkpoint = tensor_files.open_checkpoint(base)
+    reader = checkpoint.reader()
+    for number in range(checkpoint.entries["w"].blocks):
+        reader.block("w", number)
+    file = base / "model.safetensors"
+    assert reader.hashes() == {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    reader.close()
+
+
+def test_a_file_in_another_order_is_hashed_whole_and_merged_by_name(tmp_path):
+    """Files are ordered by type first, so exchanging the types exchanges the order."""
+    base = {"a": torch.randn(9), "b": torch.randn(9).half()}
+    tuned = {"a": torch.randn(9).half(), "b": torch.randn(9)}
+    folders = write(tmp_path / "base", base), write(tmp_path / "tuned", tuned)
+    assert [list(tensor_files.open_checkpoint(folder).entries) for folder in folders] == [["a", "b"], ["b", "a"]]
+    merge_checkpoints(*folders, tmp_path / "out", alpha=0.3)
+    assert_same(read(tmp_path / "out"), linear(base, tuned, 0.3))
+    record = json.loads((tmp_path / "out/merge_provenance.json").read_text())
+    expected = hashlib.sha256((folders[1] / "model.safetensors").read_bytes()).hexdigest()
+    assert record["finetuned"][0]["sha256"] == {"model.safetensors": expected}
+
+
 def test_progress_counts_the_bytes_of_the_weights(pair, tmp_path):
     seen = []
     report = merge_checkpoints(*pair, tmp_path / "out", on_progress=lambda done, total: seen.append((done, total)))
@@ -330,6 +372,8 @@ def test_a_disk_that_fills_up_all_the_same_is_told_and_cleaned(pair, tmp_path, m
 
 SCRIPT = """
 import sys
+import time
+import types
 from pathlib import Path
 from perennial.merging.checkpoints import merge_checkpoints
 base, tuned, out = map(Path, sys.argv[1:])
@@ -351,6 +395,8 @@ def test_a_killed_merge_leaves_no_checkpoint_and_the_next_one_succeeds(pair, tmp
 
 MEMORY = """
 import sys
+import time
+import types
 from pathlib import Path
 from perennial.merging.checkpoints import merge_checkpoints
 
