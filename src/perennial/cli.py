@@ -103,18 +103,18 @@ class Report:
     run: Positional[Path]
     """Folder of the run."""
     json: bool = False
-    """Print one JSON object instead of a table."""
+    """Print one JSON object and write nothing."""
 
     def __call__(self) -> None:
-        """Write report/index.html and print the summary."""
+        """Write report/index.html and print the summary; with --json only print."""
         from perennial.reports import page, summary
 
-        target = page.write(self.run)
         if self.json:
             print(json.dumps(summary.report_json(self.run)))
-        else:
-            summary.print_summary(self.run, console)
-            console.print(f"Report: {target}")
+            return
+        target = page.write(self.run)
+        summary.print_summary(self.run, console)
+        console.print(f"Report: {escape(str(target))}", soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print(f"[red]perennial:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        errors.print("[red]perennial:[/red] Stopped at once; everything committed so far is safe.", soft_wrap=True)
+        errors.print("[red]perennial:[/red] Stopped at once; what was committed is safe.", soft_wrap=True)
         sys.exit(130)
 
 

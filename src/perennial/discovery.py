@@ -27,7 +27,8 @@ ROOMS = {
     "presets": "preset",
     "tracking": "tracker",
 }
-NOT_PLUGINS = {"base", "lora", "advantages", "optimizer", "stage"}
+HELPERS = {"policies": {"lora"}, "learning": {"advantages", "optimizer", "stage"}}
+"""Modules of a room that are not choices, beside `base` and names that begin with an underscore."""
 
 
 def names(room: str) -> dict[str, str]:
@@ -36,7 +37,7 @@ def names(room: str) -> dict[str, str]:
     found = {
         module.name: f"perennial.{room}.{module.name}"
         for module in pkgutil.iter_modules(package.__path__)
-        if module.name not in NOT_PLUGINS and not module.name.startswith("_")
+        if module.name != "base" and module.name not in HELPERS.get(room, ()) and not module.name.startswith("_")
     }
     for entry_point in importlib.metadata.entry_points(group=f"perennial.{room}"):
         found.setdefault(entry_point.name, entry_point.value)

@@ -18,24 +18,34 @@ import torch
 
 from perennial import config as configuration
 from perennial import faults, overrides
-from perennial.config import Config
+from perennial.config import Config, PolicyChoice
 from perennial.doctor import describe_machine
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.stage import Iteration, learn, learner_threads
-from perennial.policies._learned import save_learned
 from perennial.reports import page, video
 from perennial.rollout.trajectory import Episode, Trajectory
+from perennial.rollout.workers import sized
 from perennial.session import Cursor, Session, cells, prepare
 from perennial.storage.run_folder import RunFolder
 from perennial.suites.base import Task
 
 
 def start(config: Config, preset: str, path: Path | None) -> Path:
-    """Start a run in a new folder and see it through; returns the folder."""
+    """Start a run in a new folder and see it through; returns the folder.
+
+    What depends on this machine or place is written down as it is now: the number of workers, the checkpoint's path.
+    """
+    config = replace(config, workers=sized(config.workers), policy=_settled(config.policy))
     path = path or RunFolder.free_path(f"{preset}-seed{config.seed}")
     with RunFolder.create(path, preset, configuration.to_json(config), describe_machine()) as folder:
         _run(config, folder)
     return path
+
+
+def _settled(choice: PolicyChoice) -> PolicyChoice:
+    """The same choice, with a path that does not depend on the present folder."""
+    bundled = choice.checkpoint.startswith("bundled:")
+    return choice if bundled else replace(choice, checkpoint=str(Path(choice.checkpoint).absolute()))
 
 
 def resume(path: Path) -> None:
@@ -86,8 +96,7 @@ def _learn_phase(session: Session, phase: int) -> None:
     torch.set_num_threads(learner_threads())  # also where no iteration was left to learn: rounding depends on it
     for task in tasks:
         session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, task))
-    base = config.policy.checkpoint
-    session.folder.save_task(phase + 1, _label(names), lambda target: save_learned(session.policy, target, base))
+    session.folder.save_task(phase + 1, _label(names), session.write_learned)
     session.commit(Cursor(phase + 1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType, TracebackType
 from typing import Self
@@ -35,4 +36,5 @@ class TwoStageInterrupt:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nFinishing the present step, then stopping. Press Ctrl-C again to stop at once.", flush=True)
+        # Not `print`: a handler may interrupt another print in the middle.
+        os.write(2, b"\nFinishing the present step, then stopping. Press Ctrl-C again to stop at once.\n")

@@ -64,12 +64,16 @@ class Session:
         """The suite's tasks of these names."""
         return tuple(self.suite.tasks[name] for name in names)
 
+    def write_learned(self, target: Path) -> None:
+        """Write what was learned and what the strategies remember into the folder `target`."""
+        save_learned(self.policy, target, self.config.policy.checkpoint)
+        save_tensors(self.strategies.state_dict(), target / "strategy.safetensors")
+
     def commit(self, cursor: Cursor) -> None:
         """Make the present state what a resumed run starts from; stop here if that was asked for."""
 
         def write(target: Path) -> None:
-            save_learned(self.policy, target, self.config.policy.checkpoint)
-            save_tensors(self.strategies.state_dict(), target / "strategy.safetensors")
+            self.write_learned(target)
             if self.optimizer is not None:
                 save_optimizer(self.optimizer, self.policy.trainable(), target / "optimizer.safetensors")
 
@@ -106,8 +110,7 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     cursor = Cursor()
     latest = folder.latest()
     if latest is not None:
-        load_learned(policy, latest.path)
-        strategies.load_state_dict(load_tensors(latest.path / "strategy.safetensors"), policy)
+        read_learned(policy, strategies, latest.path)
         cursor = Cursor(**latest.state["cursor"])
     display = stack.enter_context(Display(total_episodes(config), done_episodes(config, folder, cursor)))
     interrupt = stack.enter_context(TwoStageInterrupt())
@@ -120,6 +123,12 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     if latest is not None and latest.warning:
         display.say(f"[yellow]{latest.warning}[/yellow]")
     return Session(config, folder, suite, policy, strategies, workers, display, interrupt, cursor, trackers)
+
+
+def read_learned(policy: Policy, strategies: Strategies, folder: Path) -> None:
+    """Read what `Session.write_learned` wrote."""
+    load_learned(policy, folder)
+    strategies.load_state_dict(load_tensors(folder / "strategy.safetensors"), policy)
 
 
 def cells(config: Config, row: int) -> list[Cell]:

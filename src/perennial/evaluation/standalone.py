@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,12 @@ from perennial.config import Config, checkpoint_folder
 from perennial.errors import PerennialError, unknown
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.evaluation.statistics import wilson
-from perennial.policies._learned import load_learned
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
+from perennial.session import read_learned
 from perennial.storage.run_folder import RunFolder
+from perennial.strategies._composition import Strategies
 from perennial.suites.base import Suite
 
 if TYPE_CHECKING:
@@ -39,10 +40,8 @@ def evaluate(options: Evaluate, console: Console) -> None:
         raise PerennialError(f"--episodes is {options.episodes}, but it must be above 0.")
     if options.temperature < 0:
         raise PerennialError(f"--temperature is {options.temperature}, but it must be 0 or more.")
-    if (options.run / "run.json").is_file():
-        policy, cast, tasks = _from_run(options)
-    else:
-        policy, cast, tasks = _from_checkpoint(options)
+    actor = _from_run(options) if (options.run / "run.json").is_file() else _from_checkpoint(options)
+    cast = actor.cast
     suite = discovery.find("suites", cast.suite, Suite)()
     if options.variant not in suite.variants:
         raise unknown(f"variant in suite {cast.suite!r}", options.variant, suite.variants)
@@ -50,8 +49,9 @@ def evaluate(options: Evaluate, console: Console) -> None:
         if name not in suite.tasks:
             raise unknown(f"task in suite {cast.suite!r}", name, suite.tasks)
     rows: list[dict[str, float | str]] = []
-    with closing(start_workers(WorkerConfig(), cast, policy.acting_weights())) as workers:
-        for name in track(options.tasks or tasks, "evaluating", console=console, disable=options.json):
+    with closing(start_workers(actor.workers, cast, actor.policy.acting_weights())) as workers:
+        for name in track(options.tasks or actor.tasks, "evaluating", console=console, disable=options.json):
+            workers.broadcast(actor.strategies.policy_for(suite.tasks[name], actor.policy))
             episodes = evaluation_episodes(suite.tasks[name], options.variant, options.episodes, options.temperature)
             successes = [t.success for t in workers.collect(episodes)]
             estimate = wilson(sum(successes), len(successes))
@@ -62,21 +62,34 @@ def evaluate(options: Evaluate, console: Console) -> None:
         console.print(_table(rows, options))
 
 
-def _from_run(options: Evaluate) -> tuple[Policy, Cast, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Actor:
+    """Who is evaluated, on which tasks by default, and by which workers."""
+
+    policy: Policy
+    strategies: Strategies
+    cast: Cast
+    workers: WorkerConfig
+    tasks: tuple[str, ...]
+
+
+def _from_run(options: Evaluate) -> Actor:
     """The policy of a run after `options.after` tasks."""
     folder = RunFolder.open(options.run)
     config: Config = overrides.from_json(Config, folder.header["config"])
+    if not -1 <= options.after <= len(config.phases):
+        raise PerennialError(f"--after is {options.after}; it must be -1 (the newest) to {len(config.phases)}.")
     checkpoint = checkpoint_folder(config.policy.checkpoint)
     policy = discovery.find("policies", config.policy.name, Policy).load(checkpoint)
-    if options.after > len(config.phases):
-        raise PerennialError(f"--after is {options.after}, but the run has {len(config.phases)} tasks to learn.")
+    strategies = Strategies()
     learned = _learned_folder(folder, options.after)
     if learned is not None:
+        strategies = Strategies(config.strategies)
         if config.policy.adapter is not None:
             add_adapter(policy, config.policy.adapter, config.seed)
-        load_learned(policy, learned)
+        read_learned(policy, strategies, learned)
     cast = Cast(config.suite, config.policy.name, checkpoint, options.seed)
-    return policy, cast, (*config.tasks.trained, *config.tasks.held_out)
+    return Actor(policy, strategies, cast, config.workers, (*config.tasks.trained, *config.tasks.held_out))
 
 
 def _learned_folder(folder: RunFolder, after: int) -> Path | None:
@@ -92,12 +105,13 @@ def _learned_folder(folder: RunFolder, after: int) -> Path | None:
     return found[0]
 
 
-def _from_checkpoint(options: Evaluate) -> tuple[Policy, Cast, tuple[str, ...]]:
+def _from_checkpoint(options: Evaluate) -> Actor:
     """A bare base checkpoint."""
     checkpoint = checkpoint_folder(str(options.run))
     policy = discovery.find("policies", options.policy, Policy).load(checkpoint)
     suite = discovery.find("suites", options.suite, Suite)()
-    return policy, Cast(options.suite, options.policy, checkpoint, options.seed), tuple(suite.tasks)
+    cast = Cast(options.suite, options.policy, checkpoint, options.seed)
+    return Actor(policy, Strategies(), cast, WorkerConfig(), tuple(suite.tasks))
 
 
 def _table(rows: list[dict[str, float | str]], options: Evaluate) -> Table:

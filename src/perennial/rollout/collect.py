@@ -30,7 +30,7 @@ OnEpisode = Callable[[int, bool], None]
 class Environments:
     """Environments by task and variant, built when first needed and reused for later episodes.
 
-    At most `KEPT` idle ones are kept, those of the tasks played last; a Meta-World environment takes about 27 MB.
+    At most `KEPT` idle ones are kept, those of the tasks played last, as they hold simulator models and renderers.
     """
 
     def __init__(self, suite: Suite, image_size: int) -> None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
+import psutil
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
@@ -29,6 +31,8 @@ from perennial.rollout.collect import Environments, OnEpisode, play
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.suites.base import Suite
 
+MEMORY_PER_WORKER = 1.5e9
+"""Bytes that a worker with a small policy and a simulator takes at most."""
 ATTEMPTS = 3
 """How often the same episodes are given to a fresh worker before the run stops."""
 
@@ -39,7 +43,7 @@ class WorkerConfig:
 
     Attributes:
         backend: "process" plays in worker processes, "inline" in this one.
-        count: worker processes; 0 takes one per processor core.
+        count: worker processes; 0 takes one per processor core, or fewer where memory is short.
         slots: episodes played side by side in each worker, which is the batch size of acting.
         timeout: seconds without a finished episode after which a worker counts as hung.
     """
@@ -74,6 +78,13 @@ class Workers(Protocol):
     def close(self) -> None:
         """End the workers and release environments and memory."""
         ...
+
+
+def sized(config: WorkerConfig) -> WorkerConfig:
+    """`config` with the number of workers decided: one per core, as long as the free memory holds them."""
+    affordable = int(psutil.virtual_memory().available / MEMORY_PER_WORKER)
+    count = config.count or max(1, min(len(os.sched_getaffinity(0)), affordable))
+    return replace(config, count=count)
 
 
 def start_workers(config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor]) -> Workers:
@@ -143,6 +154,7 @@ class _Worker:
         self._send()
 
     def _send(self) -> None:
+        self.heard = time.monotonic()
         with contextlib.suppress(BrokenPipeError):  # a worker that is dead already is noticed by its silence
             self.connection.send(self.episodes)
 
@@ -157,7 +169,6 @@ class ProcessWorkers:
     """Plays in `count` processes with one torch thread each."""
 
     def __init__(self, config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor]) -> None:
-        count = config.count or len(os.sched_getaffinity(0))
         self._config = config
         self._flat, _ = flatten(weights)
         self._flat.share_memory_()  # type: ignore[no-untyped-call]
@@ -170,7 +181,7 @@ class ProcessWorkers:
             signal.signal(signal.SIGINT, former)
             return process
 
-        self._workers = [_Worker(start) for _ in range(count)]
+        self._workers = [_Worker(start) for _ in range(sized(config).count)]
 
     def broadcast(self, weights: Mapping[str, Tensor]) -> None:
         """See `Workers`."""
@@ -189,17 +200,19 @@ class ProcessWorkers:
         trajectories: dict[int, Trajectory] = {}
         while busy:
             faults.point("rollout")
-            ready = wait([worker.connection for worker in busy], timeout=self._config.timeout)
-            if not ready:
-                for worker in busy:
-                    worker.again(f"finished no episode for {self._config.timeout:.0f} seconds")
+            patience = min(worker.heard for worker in busy) + self._config.timeout - time.monotonic()
+            ready = wait([worker.connection for worker in busy], timeout=max(0.0, patience))
             for worker in [worker for worker in busy if worker.connection in ready]:
                 if self._receive(worker, trajectories, on_episode):
                     busy.remove(worker)
+            for worker in busy:
+                if time.monotonic() - worker.heard > self._config.timeout:
+                    worker.again(f"finished no episode for {self._config.timeout:.0f} seconds")
         return [trajectories[i] for i in range(len(episodes))]
 
     def _receive(self, worker: _Worker, trajectories: dict[int, Trajectory], on_episode: OnEpisode) -> bool:
         """Take one message; True when the worker's share is complete."""
+        worker.heard = time.monotonic()
         try:
             message = worker.connection.recv()
         except (EOFError, ConnectionResetError):
