@@ -65,7 +65,7 @@ def survive(start, folder, kills):
     return codes
 
 
-# The points lie ever later in a run: in the base row, the first task, its end or second stage, its row, the second task.
+# Points lie ever later in a run: in the base row, the first task, its end or second stage, its row, the second task.
 IN_THIS_PROCESS = ("evaluate:2", "update:2", "save:1", "rename:3", "evaluate:2", "save:2")
 IN_A_WORKER = ("rollout:5", "update:1", "rename:3")
 
