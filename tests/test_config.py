@@ -97,6 +97,14 @@ def test_every_preset_says_what_it_is_and_teaches_tasks_of_its_suite(name):
     assert discovery.describe(discovery.names("presets")[name])
 
 
+def test_a_module_that_misses_something_is_no_unknown_name(tmp_path, monkeypatch):
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "needs.py").write_text("import no_such_simulator\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_simulator"):
+        preset("house.needs")
+
+
 def test_an_unknown_preset_is_answered_with_the_nearest_ones():
     with pytest.raises(PerennialError, match=r"no preset 'demoo'\. Did you mean demo"):
         preset("demoo")
