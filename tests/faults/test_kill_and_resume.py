@@ -83,8 +83,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(start, uninterrup
     assert essence(tmp_path / "run") == whole
 
 
-MOST = {"rollout": 150, "update": 4, "evaluate": 9, "save": 8, "rename": 8}
-"""How often an uninterrupted run passes each point; it may pass "rollout" less often, as messages come together."""
+MOST = {"rollout": 90, "update": 4, "evaluate": 9, "save": 8, "rename": 8}
+"""How often an uninterrupted run passes each point at least; "rollout" depends on which messages come together."""
 
 
 @pytest.mark.faults
