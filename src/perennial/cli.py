@@ -97,16 +97,56 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Study:
+    """Run a grid of methods, orders and seeds, as many runs at once as there are cores; repeat the command to go on."""
+
+    study: Positional[str]
+    """Name of a study, see `perennial list studies`."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder of the study, by default runs/study-<name>; what has a result there is skipped."""
+    methods: tuple[str, ...] = ()
+    """Only these methods; by default all of the study."""
+    seeds: tuple[int, ...] = ()
+    """Only these seeds; by default all of the study."""
+    jobs: int = 0
+    """Runs at the same time; 0 takes one per processor core."""
+    dry_run: bool = False
+    """Print the command of every run, then stop."""
+
+    def __call__(self) -> None:
+        """Run what is missing, then write the report."""
+        from perennial.studies import base
+
+        study = base.find(self.study)
+        entries = base.grid(study, self.methods, self.seeds)
+        if self.dry_run:
+            for entry in entries:
+                print(entry.command())
+            return
+        from perennial.reports import study as report
+        from perennial.studies import _execution
+
+        folder = self.out or Path("runs") / f"study-{self.study}"
+        _execution.execute(study, self.study, folder, entries, self.jobs, console)
+        report.command(folder, False, console)
+
+
+@dataclass(frozen=True)
 class Report:
-    """Write a run's report page again and print its numbers."""
+    """Write the report page of a run or a study again and print its numbers."""
 
     run: Positional[Path]
-    """Folder of the run."""
+    """Folder of the run or of the study."""
     json: bool = False
     """Print one JSON object and write nothing."""
 
     def __call__(self) -> None:
         """Write report/index.html and print the summary; with --json only print."""
+        if (self.run / "study.json").exists():
+            from perennial.reports import study
+
+            study.command(self.run, self.json, console)
+            return
         from perennial.reports import page, summary
 
         if self.json:
@@ -249,7 +289,7 @@ class Doctor:
 class List:
     """List what can be chosen."""
 
-    kind: Positional[Literal["suites", "policies", "strategies", "recipes", "presets"]]
+    kind: Positional[Literal["suites", "policies", "strategies", "recipes", "presets", "studies"]]
     """What to list."""
     json: bool = False
     """Print JSON."""
@@ -269,6 +309,7 @@ COMMANDS: dict[str, type] = {
     "run": Run,
     "resume": Resume,
     "evaluate": Evaluate,
+    "study": Study,
     "report": Report,
     "compare": Compare,
     "demos": Demos,

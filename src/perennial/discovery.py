@@ -25,6 +25,7 @@ ROOMS = {
     "strategies": "strategy",
     "learning": "recipe",
     "presets": "preset",
+    "studies": "study",
     "tracking": "tracker",
 }
 HELPERS = {"policies": {"lora"}, "learning": {"advantages", "optimizer", "stage"}}

@@ -16,13 +16,13 @@ from perennial.learning.stage import Iteration
 ONE_LINE = Column(no_wrap=True)
 
 
-class _Remaining(ProgressColumn):
+class Remaining(ProgressColumn):
     """Time left, from the speed of this session."""
 
     def render(self, task: Task) -> Text:
         """Minutes and seconds."""
         done = task.completed - task.fields["before"]
-        if not task.total or done < 1 or task.elapsed is None:
+        if not task.total or done <= 0 or task.elapsed is None:
             return Text("estimating", style="cyan")
         seconds = int((task.total - task.completed) * task.elapsed / done)
         return Text(f"{seconds // 60}:{seconds % 60:02d} left", style="cyan")
@@ -38,7 +38,7 @@ class Display:
             BarColumn(bar_width=12),
             TextColumn("{task.percentage:.0f} %", table_column=ONE_LINE),
             TextColumn("{task.fields[rate]}", table_column=ONE_LINE),
-            _Remaining(table_column=ONE_LINE),
+            Remaining(table_column=ONE_LINE),
             console=self.console,
             disable=not self.console.is_terminal,
         )

@@ -42,6 +42,7 @@ class Estimate:
     n: int
 
 
+Pair = tuple[SuccessMatrix, SuccessMatrix]
 Summary = dict[str, Estimate | None]
 """By metric: avg, gain, nbt, fwt, zs, zs_gain; None where it is undefined or a cell it needs is missing."""
 
@@ -79,20 +80,14 @@ def summary_of_runs(matrices: Sequence[SuccessMatrix]) -> Summary:
         raise PerennialError("The runs teach different tasks, so their mean says nothing; summarise them separately.")
     if len(matrices) == 1:
         return summary(matrices[0])
-    runs = len(matrices)
-    # Every slot of a resample gets its own draw of states, also where two slots hold the same run.
-    resampled = [_resampled_rates([m], RESAMPLES * runs, ("runs",))[0] for m in matrices]
-    chosen = stream(0, "bootstrap", "seeds").integers(runs, size=RESAMPLES * runs)
-    estimates: Summary = {}
-    for name, metric in METRICS.items():
-        values = [value for m in matrices if (value := _value(metric, m)) is not None]
-        if len(values) < runs:
-            estimates[name] = None
-            continue
-        spreads = np.stack([_metric(metric, r, m) for r, m in zip(resampled, matrices, strict=True)])
-        slots = spreads[chosen, np.arange(RESAMPLES * runs)].reshape(RESAMPLES, runs)
-        estimates[name] = _estimate(float(np.mean(values)), slots.mean(axis=1), runs)
-    return estimates
+    resampled = [_resampled_rates([m], RESAMPLES * len(matrices), ("runs",))[0] for m in matrices]
+    return {
+        name: _pooled(
+            [_value(metric, m) for m in matrices],
+            [_metric(metric, r, m) for r, m in zip(resampled, matrices, strict=True)],
+        )
+        for name, metric in METRICS.items()
+    }
 
 
 def difference(first: SuccessMatrix, second: SuccessMatrix) -> Summary:
@@ -104,6 +99,32 @@ def difference(first: SuccessMatrix, second: SuccessMatrix) -> Summary:
     Raises:
         PerennialError: the runs have no task in common.
     """
+    pair = _common(first, second)
+    estimates: Summary = {}
+    for name, (value, spread) in _differences(pair, RESAMPLES).items():
+        count = sum(_episodes_behind(METRICS[name], m) for m in pair)
+        estimates[name] = None if value is None else _estimate(value, spread, count)
+    return estimates
+
+
+def mean_difference(pairs: Sequence[Pair]) -> Summary:
+    """The mean of `difference` over pairs of runs that share their seed, with hierarchical bootstrap intervals.
+
+    Pairs are resampled, and within each the states, which are the same in both of its runs.
+
+    Raises:
+        PerennialError: no pair is given, or the runs of one have no task in common.
+    """
+    if not pairs:
+        raise PerennialError("There is no pair of runs to compare; give at least one.")
+    if len(pairs) == 1:
+        return difference(*pairs[0])
+    found = [_differences(_common(*pair), RESAMPLES * len(pairs)) for pair in pairs]
+    return {name: _pooled([f[name][0] for f in found], [f[name][1] for f in found]) for name in METRICS}
+
+
+def _common(first: SuccessMatrix, second: SuccessMatrix) -> Pair:
+    """Both runs, on the tasks and evaluation initial states that both have."""
     trained = [task for task in first.trained if task in second.trained]
     held_out = [task for task in first.held_out if task in second.held_out]
     if not trained and not held_out:
@@ -114,18 +135,32 @@ def difference(first: SuccessMatrix, second: SuccessMatrix) -> Summary:
     episodes = dict(zip(first.tasks, first.episodes().max(axis=0), strict=True))
     for task, count in zip(second.tasks, second.episodes().max(axis=0), strict=True):
         episodes[task] = min(count, episodes.get(task, count))
-    pair = [m.restricted(trained, held_out, episodes) for m in (first, second)]
-    resampled = _resampled_rates(pair, RESAMPLES, ("difference",))
-    estimates: Summary = {}
+    return first.restricted(trained, held_out, episodes), second.restricted(trained, held_out, episodes)
+
+
+def _differences(pair: Pair, resamples: int) -> dict[str, tuple[float | None, np.ndarray]]:
+    """By metric: second minus first as measured, and in each resample."""
+    resampled = _resampled_rates(pair, resamples, ("difference",))
+    found: dict[str, tuple[float | None, np.ndarray]] = {}
     for name, metric in METRICS.items():
         values = [_value(metric, m) for m in pair]
-        if values[0] is None or values[1] is None:
-            estimates[name] = None
-            continue
         spreads = [_metric(metric, r, m) for r, m in zip(resampled, pair, strict=True)]
-        count = sum(_episodes_behind(metric, m) for m in pair)
-        estimates[name] = _estimate(values[1] - values[0], spreads[1] - spreads[0], count)
-    return estimates
+        value = None if values[0] is None or values[1] is None else values[1] - values[0]
+        found[name] = value, spreads[1] - spreads[0]
+    return found
+
+
+def _pooled(values: Sequence[float | None], spreads: Sequence[np.ndarray]) -> Estimate | None:
+    """The mean over runs; `spreads` [RESAMPLES * runs] each, as every slot of a resample gets its own draw of states.
+
+    None where one of the runs has no value.
+    """
+    known, runs = [value for value in values if value is not None], len(values)
+    if len(known) < runs:
+        return None
+    chosen = stream(0, "bootstrap", "seeds").integers(runs, size=RESAMPLES * runs)
+    slots = np.stack(spreads)[chosen, np.arange(RESAMPLES * runs)].reshape(RESAMPLES, runs)
+    return _estimate(float(np.mean(known)), slots.mean(axis=1), runs)
 
 
 def _resampled_rates(matrices: Sequence[SuccessMatrix], resamples: int, key: Key) -> list[np.ndarray]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -53,6 +53,41 @@ def quantity_curve(name: str, curve: Curve, title: str, unit: str, boundaries: S
     low, high = axes.get_ylim()
     axes.set_ylim(min(0.0, low), high if high > 0 else 1.0)
     _label(axes, "iteration of the whole run", unit)
+    return _svg(figure, name, title)
+
+
+def forgetting_curve(name: str, curves: Sequence[Sequence[float]], title: str) -> str:
+    """Percentage points lost on earlier tasks after the second, third, ... task, one line a curve as in `KEY`."""
+    figure, axes = _figure((3.6, 2.0))
+    axes.axhline(0, color=FAINT, linewidth=1)
+    for index, curve in enumerate(curves):
+        _draw(axes, list(enumerate(curve, 2)), index)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(-10.0, low), max(30.0, high))
+    _label(axes, "tasks taught", "points lost")
+    return _svg(figure, name, title)
+
+
+def trade_off(name: str, points: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]], title: str) -> str:
+    """Gain in AVG across, forgetting upwards, each point with its label and both 95 % intervals.
+
+    Args:
+        name: unique within the page.
+        points: of (label, gain, forgetting), estimates `{value, low, high}` in percentage points.
+        title: what a screen reader says.
+    """
+    figure, axes = _figure((7.4, 4.2))
+    axes.grid(axis="x", color=FAINT, linewidth=0.5, alpha=0.6)
+    for at in (axes.axhline, axes.axvline):
+        at(0, color=FAINT, linewidth=1)
+    for label, gain, lost in points:
+        errors = [[[e["value"] - e["low"]], [e["high"] - e["value"]]] for e in (gain, lost)]
+        axes.errorbar(
+            gain["value"], lost["value"], xerr=errors[0], yerr=errors[1], color=LINE, ecolor=FAINT, elinewidth=1,
+            marker="o", markersize=4.5,
+        )  # fmt: skip
+        axes.annotate(label, (gain["value"], lost["value"]), (4, 4), textcoords="offset points", color=INK, fontsize=8)
+    _label(axes, "gain in AVG, points", "NBT, points lost")
     return _svg(figure, name, title)
 
 

@@ -1,0 +1,195 @@
+"""A study on one page: every method with intervals over seeds, beside the reference, published numbers and costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from markupsafe import Markup
+
+from perennial import __version__
+from perennial.errors import PerennialError
+from perennial.evaluation.statistics import mean_difference, summary_of_runs
+from perennial.evaluation.success_matrix import SuccessMatrix
+from perennial.reports import page, plots, words
+from perennial.reports.summary import percent
+from perennial.storage import atomic
+from perennial.studies import base
+from perennial.studies._results import Result, load
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Results = Mapping[int, Result]
+"""Seed -> result of one row of the study's tables."""
+SHORT = {"avg": "AVG", "gain": "Gain", "nbt": "NBT", "fwt": "FWT", "zs": "ZS", "zs_gain": "ZS gain"}
+
+
+def command(folder: Path, as_json: bool, console: Console) -> None:
+    """Write report/index.html and report/report.json of the study in `folder` and print its table, or print JSON only.
+
+    Raises:
+        PerennialError: the folder holds no study or no result, or a result is damaged.
+    """
+    found = figures(folder)
+    if as_json:
+        print(json.dumps(found))
+        return
+    target = folder / "report" / "index.html"
+    atomic.write_json(target.with_name("report.json"), found)
+    atomic.write_text(target, _render(found))
+    for decoder in found["decoders"]:
+        console.print(_table(found, decoder))
+    console.print(f"Report: {target}", highlight=False, soft_wrap=True)
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What `perennial report STUDY --json` prints.
+
+    Returns:
+        `study`, `description`, `preset`, `reference`, `source`, `decoders`, `missing` (runs without a result), and
+        `rows`, one for each method and order with a result: `row`, `section`, `seeds`, `overrides`, `commands`,
+        `published` (metric -> percentage points), `cost` (medians over seeds, see `studies._results.Result`) and
+        `decoders`, which has for each decoder the metrics over seeds, `versus` (their difference to the reference on
+        common seeds; None for the reference itself) and `forgetting`, the points lost on average on earlier tasks
+        after each task. Metrics are `{value, low, high, n}` in percentage points or None; n counts seeds.
+    """
+    study = base.find(_name(folder))
+    results = _results(folder, study)
+    if not results:
+        raise PerennialError(f"The study in {folder} has no result yet; run it by `perennial study {_name(folder)}`.")
+    entries = {entry.row: entry for entry in base.grid(study)}
+    reference = results.get(study.reference, {})
+    one = next(iter(next(iter(results.values())).values()))
+    return {
+        "study": _name(folder),
+        "description": study.description,
+        "preset": study.preset,
+        "reference": study.reference,
+        "source": study.source,
+        "decoders": [decoder for variant, decoder in one.matrices if variant == next(iter(one.matrices))[0]],
+        "environments": _environments(results),
+        "missing": [e.name for e in base.grid(study) if e.seed not in results.get(e.row, {})],
+        "rows": [_row(entries[row], results[row], reference) for row in results],
+    }
+
+
+def _name(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "study.json").read_bytes())["study"])
+    except (OSError, ValueError, KeyError) as error:
+        raise PerennialError(f"{folder} holds no study: its study.json cannot be read ({error}).") from None
+
+
+def _results(folder: Path, study: base.Study) -> dict[str, dict[int, Result]]:
+    """Row -> seed -> result, in the study's order; results that the study does not know are left out."""
+    found: dict[str, dict[int, Result]] = {}
+    for entry in base.grid(study):
+        place = folder / "results" / f"{entry.name}.json"
+        if place.exists():
+            found.setdefault(entry.row, {})[entry.seed] = load(place)
+    return found
+
+
+def _environments(results: Mapping[str, Results]) -> list[dict[str, Any]]:
+    """Every machine that results were made on, once, as they describe themselves."""
+    described = [r.content["environment"] for results_of in results.values() for r in results_of.values()]
+    return [json.loads(text) for text in dict.fromkeys(json.dumps(d, sort_keys=True) for d in described)]
+
+
+def _row(entry: base.Entry, results: Results, reference: Results) -> dict[str, Any]:
+    """One line of the tables."""
+    method = entry.study.methods[entry.method]
+    keys = list(next(iter(results.values())).matrices)
+    decoders = {}
+    for variant, decoder in [key for key in keys if key[0] == keys[0][0]]:
+        own = {seed: result.matrices[variant, decoder] for seed, result in results.items()}
+        other = {seed: result.matrices[variant, decoder] for seed, result in reference.items()}
+        decoders[decoder] = {
+            **{key: percent(value) for key, value in summary_of_runs(list(own.values())).items()},
+            "versus": _versus(entry, own, other),
+            "forgetting": _forgetting(list(own.values())),
+        }
+    costs = [result.cost for result in results.values()]
+    return {
+        "row": entry.row,
+        "section": method.section if entry.order == base.GIVEN else "order of tasks",
+        "seeds": list(results),
+        "overrides": {key: value for key, value in entry.overrides.items() if key != "seed"},
+        "commands": [result.content["command"] for result in results.values()],
+        "published": dict(method.published),
+        "cost": {key: float(np.median([cost[key] for cost in costs])) for key in costs[0]},
+        "decoders": decoders,
+    }
+
+
+def _versus(
+    entry: base.Entry, own: Mapping[int, SuccessMatrix], other: Mapping[int, SuccessMatrix]
+) -> dict[str, Any] | None:
+    """The mean difference to the reference on the seeds that both have."""
+    common = [seed for seed in own if seed in other]
+    if entry.row == entry.study.reference or not common:
+        return None
+    found = mean_difference([(other[seed], own[seed]) for seed in common])
+    return {key: percent(value) for key, value in found.items()}
+
+
+def _forgetting(matrices: Sequence[SuccessMatrix]) -> list[float]:
+    """Points lost on average on the tasks taught before, after each task from the second on; empty for joint training.
+
+    After task i this is the mean over j < i of S[j, j] - S[i, j]; its last value is NBT.
+    """
+    lost: list[float] = []
+    for i in range(2, len(matrices[0].successes) if len(matrices[0].successes) > 2 else 0):
+        earlier = np.arange(1, i)
+        rates = [matrix.rates() for matrix in matrices]
+        lost.append(
+            round(100 * float(np.mean([(s[earlier, earlier - 1] - s[i, earlier - 1]).mean() for s in rates])), 2)
+        )
+    return lost
+
+
+def _render(found: Mapping[str, Any]) -> str:
+    main, rows = found["decoders"][0], found["rows"]
+    reference = next((row for row in rows if row["row"] == found["reference"]), None)
+    level = reference["decoders"][main]["forgetting"] if reference else []
+    curves = []
+    for number, row in enumerate(rows):
+        lost = row["decoders"][main]["forgetting"]
+        if lost:
+            pair = [lost] if row is reference or not level else [lost, level]
+            title = f"Points lost on earlier tasks under {row['row']}, after each task"
+            curves.append({"title": row["row"], "svg": Markup(plots.forgetting_curve(f"lost-{number}", pair, title))})
+    points = [
+        (row["row"], row["decoders"][main]["gain"], row["decoders"][main]["nbt"])
+        for row in rows
+        if row["decoders"][main]["gain"] and row["decoders"][main]["nbt"]
+    ]
+    return page.fill(
+        "study.html.j2",
+        version=__version__,
+        study=found,
+        short=SHORT,
+        sections=list(dict.fromkeys(row["section"] for row in rows)),
+        trade_off=Markup(plots.trade_off("trade-off", points, "Gain in AVG against forgetting, a point a method")),
+        curves=curves,
+        key=[Markup(plots.key(index)) for index in range(2)],
+    )
+
+
+def _table(found: Mapping[str, Any], decoder: str) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    title = f"{found['description']}, {decoder}: percentage points with 95 % intervals over seeds"
+    table = Table("method", "seeds", *SHORT.values(), title=escape(title), title_justify="left")
+    for row in found["rows"]:
+        values = [
+            words.estimate(row["decoders"][decoder][metric.key], metric.level).replace(" (", "\n(")
+            for metric in words.METRICS
+        ]
+        table.add_row(escape(row["row"]), str(len(row["seeds"])), *values)
+    return table

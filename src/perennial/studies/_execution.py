@@ -1,0 +1,229 @@
+"""Runs a study's grid: as many runs at once as there are processor cores, each an ordinary `perennial run` process.
+
+What has a result is skipped, what was interrupted is resumed. Every run has one core to itself, so its numbers do not
+depend on how many run beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+import perennial
+from perennial import config as configuration
+from perennial import overrides
+from perennial.display import ONE_LINE, Remaining
+from perennial.doctor import describe_machine
+from perennial.errors import PerennialError
+from perennial.interrupt import InterruptedRunError
+from perennial.reports.record import read
+from perennial.storage import atomic, lock
+from perennial.storage.run_folder import RunFolder
+from perennial.studies import _results
+from perennial.studies.base import FOLDER, Entry, Study
+
+POLL_SECONDS = 1.0
+
+
+@dataclass
+class _Job:
+    """A run at work on its own core."""
+
+    entry: Entry
+    core: int
+    process: subprocess.Popen[bytes]
+    bar: TaskID
+
+
+def execute(study: Study, name: str, folder: Path, entries: Sequence[Entry], jobs: int, console: Console) -> None:
+    """Make every missing result of `entries`, `jobs` runs at a time (0: one per core).
+
+    Raises:
+        PerennialError: the folder is another study's, or some runs failed; the others are finished all the same.
+        InterruptedRunError: Ctrl-C; what was under way is committed.
+    """
+    claim(study, name, folder)
+    with lock.acquire(folder):
+        missing = [entry for entry in entries if not _results.has(folder, entry)]
+        console.print(f"{len(entries) - len(missing)} of {len(entries)} runs of the study are done.", highlight=False)
+        _prepare(study, folder, missing, console)
+        failed = _work(name, folder, missing, jobs or len(os.sched_getaffinity(0)), console)
+    if failed:
+        logs = ", ".join(str(_log(folder, entry)) for entry in failed[:3])
+        raise PerennialError(
+            f"{len(failed)} of {len(missing)} runs failed; read {logs}, and repeat the command to go on with them."
+        )
+
+
+def claim(study: Study, name: str, folder: Path) -> None:
+    """Make `folder` this study's, with a study.json.
+
+    Raises:
+        PerennialError: it belongs to another study or holds something else.
+    """
+    header = folder / "study.json"
+    if header.exists():
+        found = json.loads(header.read_bytes())["study"]
+        if found != name:
+            raise PerennialError(f"{folder} holds the study {found!r}, not {name!r}; choose another folder.")
+        return
+    if folder.exists() and any(child.name != ".lock" for child in folder.iterdir()):
+        raise PerennialError(f"The folder {folder} is not empty and holds no study; choose another folder.")
+    atomic.write_json(
+        header, {"study": name, "perennial": perennial.__version__, "environment": dict(describe_machine())}
+    )
+
+
+def _prepare(study: Study, folder: Path, missing: Sequence[Entry], console: Console) -> None:
+    """Make what the missing runs need beforehand."""
+    methods = {entry.method for entry in missing}
+    for preparation in study.preparations:
+        needed = methods if preparation.needed_by == ("*",) else methods.intersection(preparation.needed_by)
+        if (folder / preparation.path).exists() or not needed:
+            continue
+        arguments = [part.replace(FOLDER, str(folder)) for part in preparation.arguments]
+        console.print(f"Preparing {preparation.path}", highlight=False)
+        if subprocess.run([sys.executable, "-m", "perennial", *arguments], check=False).returncode:
+            raise PerennialError(
+                f"Preparing {preparation.path} failed; see above, and repeat the command to try again."
+            )
+
+
+def _work(name: str, folder: Path, missing: Sequence[Entry], jobs: int, console: Console) -> list[Entry]:
+    """Run all of `missing`; returns those that failed."""
+    waiting, working, failed = list(missing), list[_Job](), list[Entry]()
+    cores = sorted(os.sched_getaffinity(0))[:jobs]
+    progress = _progress(console)
+    total = progress.add_task("study", total=len(missing), before=0, completed=0)
+    done = 0
+    with progress, _stopping(working):
+        while waiting or working:
+            for core in cores:
+                if waiting and core not in [job.core for job in working]:
+                    working.append(_start(folder, waiting.pop(0), core, progress))
+            time.sleep(POLL_SECONDS)
+            for job in list(working):
+                status, peak = _finished(job)
+                if status is not None:
+                    working.remove(job)
+                    progress.remove_task(job.bar)
+                    done += 1
+                    if status == 0:
+                        _results.write(folder, job.entry, name, peak)
+                    else:
+                        failed.append(job.entry)
+                    word = "done" if status == 0 else f"[red]failed[/red], see {escape(str(_log(folder, job.entry)))}"
+                    progress.console.print(f"{escape(job.entry.name)}  {word}", highlight=False)
+                else:
+                    progress.update(job.bar, completed=_share(folder, job.entry))
+            underway = sum(progress.tasks[progress.task_ids.index(job.bar)].completed for job in working)
+            progress.update(total, completed=done + underway)
+    return failed
+
+
+def _start(folder: Path, entry: Entry, core: int, progress: Progress) -> _Job:
+    """Begin or resume a run on one core."""
+    run = folder / "runs" / entry.name
+    if (run / "run.json").exists():
+        _check_same(run, folder, entry)
+        arguments = ["resume", str(run)]
+    else:
+        arguments = entry.arguments(folder)
+    _log(folder, entry).parent.mkdir(parents=True, exist_ok=True)
+    everything = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})  # inherited, and workers and threads of a run are counted by it
+    try:
+        with _log(folder, entry).open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "perennial", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches it through us, once
+            )
+    finally:
+        os.sched_setaffinity(0, everything)
+    return _Job(entry, core, process, progress.add_task(escape(entry.name), total=1.0, completed=0, before=0.0))
+
+
+def _check_same(run: Path, folder: Path, entry: Entry) -> None:
+    """See that the unfinished run in `run` is the one that `entry` stands for."""
+    filled = {key: value.replace(FOLDER, str(folder.absolute())) for key, value in entry.overrides.items()}
+    wanted = configuration.to_json(overrides.apply(configuration.preset(entry.study.preset), filled))
+    found = RunFolder.open(run).header["config"]
+    for key in wanted:
+        if key not in ("workers", "description") and found.get(key) != wanted[key]:
+            raise PerennialError(
+                f"The run in {run} was started with another {key!r} than {entry.name!r} has in this study; "
+                "move it away to start it again."
+            )
+
+
+def _finished(job: _Job) -> tuple[int | None, int]:
+    """The exit status of a run and its peak resident set in bytes; None while it works."""
+    pid, status, usage = os.wait4(job.process.pid, os.WNOHANG)
+    if pid == 0:
+        return None, 0
+    job.process.returncode = os.waitstatus_to_exitcode(status)
+    return job.process.returncode, usage.ru_maxrss * 1024
+
+
+def _share(folder: Path, entry: Entry) -> float:
+    """How much of a run is done, in [0, 1], by its committed iterations and evaluations."""
+    run = folder / "runs" / entry.name
+    if not (run / "run.json").exists():
+        return 0.0
+    record = read(run)
+    iterations: int = sum(stage["iterations"] for stage in record.config["recipe"]) * len(record.trained)
+    cells: int = sum(matrix.episodes().size for matrix in record.matrices.values())
+    played: int = sum(int((matrix.episodes() > 0).sum()) for matrix in record.matrices.values())
+    return 0.6 * len(record.iterations) / iterations + 0.4 * played / cells
+
+
+@contextmanager
+def _stopping(working: list[_Job]) -> Iterator[None]:
+    """Turn an interrupt into one clean stop of every run, and wait for them."""
+
+    def ask(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    except KeyboardInterrupt:
+        for job in working:
+            job.process.send_signal(signal.SIGTERM)
+        for job in working:
+            job.process.wait()
+        raise InterruptedRunError(
+            "Stopped with everything committed; repeat the command to go on with the study."
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description}", table_column=ONE_LINE),
+        BarColumn(bar_width=20),
+        TextColumn("{task.percentage:.0f} %", table_column=ONE_LINE),
+        Remaining(table_column=ONE_LINE),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _log(folder: Path, entry: Entry) -> Path:
+    return folder / "runs" / f"{entry.name}.log"

@@ -1,0 +1,88 @@
+import dataclasses
+import shlex
+from pathlib import Path
+
+import pytest
+
+from perennial import config, overrides
+from perennial.cli import pairs
+from perennial.errors import PerennialError
+from perennial.studies import base
+from perennial.studies.base import Entry, Method
+from toyhouse.study import STUDY
+
+
+def test_the_grid_is_methods_by_their_orders_by_seeds_and_starts_every_method_early():
+    names = [entry.name for entry in base.grid(STUDY)]
+    assert names == [
+        f"{row}/seed{seed}" for seed in (0, 1) for row in ("sequential", "sequential-reversed", "joint", "l2")
+    ]
+    assert [entry.name for entry in base.grid(STUDY, ["l2"], [1])] == ["l2/seed1"]
+
+
+def test_an_entry_is_the_preset_with_the_overrides_of_study_order_and_method():
+    reversed_ = Entry(STUDY, "sequential", "reversed", 1).config()
+    assert (reversed_.tasks.trained, reversed_.seed, reversed_.strategies) == (("right", "left"), 1, ())
+    assert reversed_.policy.checkpoint == "{folder}/base"
+    (anchor,) = Entry(STUDY, "l2", "given", 0).config().strategies
+    assert anchor.coefficient == 0.5
+
+
+def test_the_printed_command_gives_the_same_run():
+    entry = Entry(STUDY, "l2", "given", 1)
+    program, command, preset, run_dir, folder, *rest = shlex.split(entry.command())
+    assert (program, command, preset, run_dir, folder) == (
+        "perennial", "run", "toyhouse.preset", "--run-dir", "runs/l2/seed1",
+    )  # fmt: skip
+    typed = overrides.apply(config.preset(preset), pairs(rest))
+    assert typed == dataclasses.replace(entry.config(), policy=dataclasses.replace(typed.policy, checkpoint="base"))
+
+
+def test_a_runs_identity_is_what_decides_its_result():
+    entry = Entry(STUDY, "l2", "given", 0)
+    other_workers = dataclasses.replace(STUDY, overrides={**STUDY.overrides, "workers.count": "3"})
+    other_budget = dataclasses.replace(STUDY, overrides={**STUDY.overrides, "recipe.grpo.iterations": "3"})
+    assert Entry(other_workers, "l2", "given", 0).identity == entry.identity
+    assert Entry(other_budget, "l2", "given", 0).identity != entry.identity
+    assert Entry(STUDY, "l2", "given", 1).identity != entry.identity
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"methods": {"a-b": Method(), "a": Method(orders=("given", "b"))}, "orders": {"b": ("left",)}}, "'a-b/seed0'"),
+        ({"methods": {"../x": Method()}, "reference": "../x"}, "cannot be a folder"),
+        ({"methods": {"x": Method(orders=("backwards",))}, "reference": "x"}, "backwards"),
+        ({"methods": {"x": Method()}}, "sequential"),
+        ({"methods": {"sequential": Method({"recipe.grpo.grups": "1"})}}, "grups"),
+    ],
+)
+def test_a_study_that_cannot_work_is_refused(changes, said):
+    with pytest.raises(PerennialError, match=said.replace("(", r"\(")):
+        base.grid(dataclasses.replace(STUDY, **changes))
+
+
+def test_what_is_not_in_the_study_is_refused():
+    with pytest.raises(PerennialError, match=r"method of the study 'l3'.*l2"):
+        base.grid(STUDY, ["l3"])
+    with pytest.raises(PerennialError, match=r"Seed 7 .*0, 1"):
+        base.grid(STUDY, (), [7])
+    with pytest.raises(PerennialError, match=r"study 'simple_recip'.*simple_recipe"):
+        base.find("simple_recip")
+
+
+@pytest.mark.parametrize("name", ["simple_recipe"])
+def test_every_run_of_a_built_in_study_passes_the_checks_that_need_no_files(name):
+    study = base.find(name)
+    for entry in base.grid(study):
+        found = entry.config()
+        assert set(found.tasks.trained) == set(config.preset(study.preset).tasks.trained)
+        if "{folder}" not in str(entry.overrides):
+            config.validate(found)
+        for key, value in entry.overrides.items():
+            if "{folder}" in value:
+                made = [
+                    Path(p.path) for p in study.preparations if entry.method in p.needed_by or p.needed_by == ("*",)
+                ]
+                place = Path(value.removeprefix("{folder}/"))
+                assert any(path == place or path in place.parents for path in made), (entry.name, key)

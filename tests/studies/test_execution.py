@@ -1,0 +1,156 @@
+"""The whole way of a study: preparation, runs at once, results, interruption, report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from perennial.cli import main
+from perennial.errors import PerennialError
+from perennial.evaluation.success_matrix import SuccessMatrix
+from perennial.storage.run_folder import RunFolder
+from perennial.studies import _execution, _results
+from perennial.studies.base import Entry
+from toyhouse.study import STUDY
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory) -> Path:
+    """The seed-0 half of the toy study, run in one go."""
+    folder = tmp_path_factory.mktemp("study") / "toy"
+    command(folder).wait(timeout=240)
+    return folder
+
+
+def command(folder, *arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    line = [sys.executable, "-m", "perennial", "study", "toyhouse.study", "-o", str(folder)]
+    chosen = arguments or ("--methods", "sequential", "l2", "--seeds", "0")
+    return subprocess.Popen(
+        [*line, *chosen], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_every_run_leaves_one_result_with_what_its_folder_says(done):
+    for row in ("sequential", "sequential-reversed", "l2"):
+        result = _results.load(done / "results" / row / "seed0.json")
+        run = RunFolder.open(done / "runs" / row / "seed0")
+        assert (result.row, result.seed) == (row, 0)
+        assert set(result.matrices) == {("id", "sampled"), ("id", "greedy")}
+        for (variant, decoder), matrix in result.matrices.items():
+            assert matrix.to_json() == SuccessMatrix.from_run(run, decoder, variant).to_json()
+        assert [len(phase) for phase in result.training] == [2, 2]
+        steps = sum(line["env_steps"] for line in run.rows("metrics"))
+        assert result.cost["train_env_steps"] == steps
+        kept = sum(f.stat().st_size for f in max((run.path / "tasks").iterdir()).rglob("*.safetensors"))
+        assert result.cost["kept_bytes"] == kept
+        assert result.cost["peak_bytes"] > 100e6
+    own, anchored = (_results.load(done / "results" / row / "seed0.json") for row in ("sequential", "l2"))
+    assert anchored.cost["kept_bytes"] > own.cost["kept_bytes"]  # the anchor
+
+
+def test_results_do_not_say_where_they_were_made(done):
+    text = (done / "results" / "l2" / "seed0.json").read_text()
+    assert str(done) not in text
+    assert json.loads(text)["config"]["policy"]["checkpoint"] == "{folder}/base"
+
+
+def test_preparations_that_no_chosen_method_needs_are_not_made(done):
+    assert (done / "demos").is_dir()
+    assert not (done / "never").exists()
+
+
+def test_an_interrupted_study_goes_on_and_ends_with_the_same_numbers(done, tmp_path):
+    folder = tmp_path / "toy"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "study.json").write_bytes((done / "study.json").read_bytes())
+    (folder / "base").symlink_to(done / "base")
+    (folder / "demos").symlink_to(done / "demos")
+    first = command(folder, "--methods", "l2", "--seeds", "0", "--jobs", "1")
+    metrics = folder / "runs" / "l2" / "seed0" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, said
+    assert not (folder / "results").exists()
+    again = command(folder, "--methods", "l2", "--seeds", "0", "--jobs", "1")
+    said, _ = again.communicate(timeout=240)
+    assert again.returncode == 0, said
+    one, two = (json.loads((f / "results" / "l2" / "seed0.json").read_text()) for f in (done, folder))
+    for key in ("matrices", "training", "identity", "command"):
+        assert one[key] == two[key]
+
+
+def test_what_is_done_is_not_run_again(done):
+    before = (done / "runs" / "l2" / "seed0.log").stat().st_mtime_ns
+    again = command(done)
+    said, _ = again.communicate(timeout=120)
+    assert "3 of 3 runs of the study are done." in said
+    assert (done / "runs" / "l2" / "seed0.log").stat().st_mtime_ns == before
+
+
+def test_a_failed_run_does_not_stop_the_others(done, tmp_path):
+    folder = tmp_path / "toy"
+    (folder / "runs" / "l2").mkdir(parents=True)
+    (folder / "study.json").write_bytes((done / "study.json").read_bytes())
+    for name in ("base", "demos"):
+        (folder / name).symlink_to(done / name)
+    (folder / "runs" / "l2" / "seed0").mkdir()
+    (folder / "runs" / "l2" / "seed0" / "something").write_text("in the way")
+    study = command(folder, "--methods", "l2", "joint", "--seeds", "0")
+    said, _ = study.communicate(timeout=240)
+    assert study.returncode == 2
+    assert "1 of 2 runs failed" in said
+    assert "l2/seed0.log" in said.replace("\n", "")
+    assert (folder / "results" / "joint" / "seed0.json").exists()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, done):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(PerennialError, match="is not empty and holds no study"):
+        _execution.claim(STUDY, "toyhouse.study", tmp_path)
+    with pytest.raises(PerennialError, match=r"holds the study 'toyhouse.study', not 'other'"):
+        _execution.claim(STUDY, "other", done)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_result_made_with_other_settings_is_not_taken_for_this_one(done, tmp_path):
+    entry = Entry(STUDY, "l2", "given", 0)
+    assert _results.has(done, entry)
+    place = _results.path(tmp_path, entry)
+    place.parent.mkdir(parents=True)
+    content = json.loads(_results.path(done, entry).read_text())
+    place.write_text(json.dumps(content | {"identity": "0"}))
+    with pytest.raises(PerennialError, match="other settings"):
+        _results.has(tmp_path, entry)
+    place.write_text("{")
+    with pytest.raises(PerennialError, match="damaged"):
+        _results.has(tmp_path, entry)
+
+
+def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["study", "toyhouse.study", "--seeds", "1", "--methods", "joint", "--dry-run"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == Entry(STUDY, "joint", "given", 1).command()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_report_of_a_study_needs_its_results_only(done, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "study.json").write_bytes((done / "study.json").read_bytes())
+    (copy / "results").symlink_to(done / "results")
+    main(["report", str(copy), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [row["row"] for row in found["rows"]] == ["sequential", "sequential-reversed", "l2"]
+    assert len(found["missing"]) == 5
