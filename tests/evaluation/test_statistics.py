@@ -8,7 +8,7 @@ from matrices import HAND_MADE, matrix_of_rates, simulated
 from perennial.errors import PerennialError
 from perennial.evaluation import statistics
 from perennial.evaluation.metrics import METRICS
-from perennial.evaluation.statistics import difference, summary, summary_of_runs, wilson
+from perennial.evaluation.statistics import difference, mean_difference, summary, summary_of_runs, wilson
 from perennial.evaluation.success_matrix import SuccessMatrix
 
 
@@ -204,3 +204,24 @@ def test_runs_without_a_common_task_have_no_difference():
     other = SuccessMatrix(("x",), (), ({"x": np.ones(3, bool)}, {"x": np.ones(3, bool)}))
     with pytest.raises(PerennialError, match="no task in common: one teaches task0, the other x"):
         difference(matrix_of_rates([[0.1], [0.2]], trained=1), other)
+
+
+def test_a_mean_difference_is_the_mean_of_the_differences_and_knows_that_states_are_shared():
+    rng = np.random.default_rng(5)
+
+    def run(rate):
+        rows = [{task: rng.random(60) < rate for task in ("a", "b")} for _ in range(3)]
+        return SuccessMatrix(("a", "b"), (), tuple(rows))
+
+    pairs = [(run(0.3), run(0.6)) for _ in range(4)]
+    found = mean_difference(pairs)
+    values = [difference(*pair)["avg"].value for pair in pairs]
+    assert found["avg"].value == pytest.approx(np.mean(values))
+    assert found["avg"].n == 4
+    assert found["avg"].low < np.mean(values) < found["avg"].high
+    same = mean_difference([(first, first) for first, _ in pairs])
+    width = same["avg"].high - same["avg"].low
+    assert width < 0.5 * (found["avg"].high - found["avg"].low)
+    assert mean_difference(pairs[:1]) == difference(*pairs[0])
+    with pytest.raises(PerennialError, match="no pair"):
+        mean_difference([])

@@ -182,14 +182,17 @@ def _render(found: Mapping[str, Any]) -> str:
 
 def _table(found: Mapping[str, Any], decoder: str) -> Any:
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
     title = f"{found['description']}, {decoder}: percentage points with 95 % intervals over seeds"
-    table = Table("method", "seeds", *SHORT.values(), title=escape(title), title_justify="left")
+    table = Table(
+        *(Column(name, no_wrap=True) for name in ("method", "n", *SHORT.values())),
+        title=escape(title),
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+    )
     for row in found["rows"]:
-        values = [
-            words.estimate(row["decoders"][decoder][metric.key], metric.level).replace(" (", "\n(")
-            for metric in words.METRICS
-        ]
-        table.add_row(escape(row["row"]), str(len(row["seeds"])), *values)
+        figures = [row["decoders"][decoder][metric.key] for metric in words.METRICS]
+        texts = [words.estimate(f, m.level).replace(" (", "\n(") for f, m in zip(figures, words.METRICS, strict=True)]
+        table.add_row(escape(row["row"]), str(len(row["seeds"])), *texts)
     return table

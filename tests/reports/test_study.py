@@ -1,0 +1,93 @@
+import json
+
+import numpy as np
+import pytest
+from example_run import write_example
+from rich.console import Console
+
+from perennial.errors import PerennialError
+from perennial.reports import study
+from perennial.storage import atomic
+from perennial.studies import _results, base
+from toyhouse.study import STUDY
+
+TRAINED, HELD_OUT = ["a", "b", "c"], ["d", "e"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two seeds of three rows and one of the fourth, of invented runs."""
+    folder = tmp_path_factory.mktemp("studies") / "toy"
+    atomic.write_json(folder / "study.json", {"study": "toyhouse.study", "perennial": "0", "environment": {}})
+    for entry in base.grid(STUDY)[:-1]:
+        boost = {"sequential": 0.5, "joint": 0.4, "l2": 0.1}[entry.method]
+        run = folder / "runs" / entry.name
+        write_example(run, TRAINED, HELD_OUT, iterations=3, seed=entry.seed, boost=boost, videos=False)
+        (run / "tasks" / "03-c").mkdir(parents=True)
+        (run / "tasks" / "03-c" / "a.safetensors").write_bytes(bytes(1000 + entry.seed))
+        _results.write(folder, entry, "toyhouse.study", peak_bytes=5 * 10**8)
+    return folder
+
+
+def rates(folder, row, seed, decoder="sampled"):
+    return _results.load(folder / "results" / row / f"seed{seed}.json").matrices["id", decoder].rates()
+
+
+def test_metrics_are_means_over_seeds(folder):
+    rows = {row["row"]: row for row in study.figures(folder)["rows"]}
+    for name, seeds in (("sequential", (0, 1)), ("sequential-reversed", (0, 1)), ("l2", (0,))):
+        both = [rates(folder, name, seed) for seed in seeds]
+        gain = np.mean([s[3, :3].mean() - s[0, :3].mean() for s in both])
+        nbt = np.mean([(s[1, 0] - s[3, 0] + s[2, 1] - s[3, 1]) / 2 for s in both])
+        figures = rows[name]["decoders"]["sampled"]
+        assert rows[name]["seeds"] == list(seeds)
+        assert figures["gain"]["value"] == pytest.approx(100 * gain)
+        assert figures["nbt"]["value"] == pytest.approx(100 * nbt)
+        assert figures["gain"]["low"] < 100 * gain < figures["gain"]["high"]
+
+
+def test_comparison_is_with_the_reference_on_common_seeds(folder):
+    rows = {row["row"]: row for row in study.figures(folder)["rows"]}
+    assert rows["sequential"]["decoders"]["sampled"]["versus"] is None
+    ours, theirs = rates(folder, "l2", 0), rates(folder, "sequential", 0)
+    assert rows["l2"]["decoders"]["sampled"]["versus"]["avg"]["value"] == pytest.approx(
+        100 * (ours[3, :3].mean() - theirs[3, :3].mean())
+    )
+
+
+def test_forgetting_after_each_task_ends_with_nbt(folder):
+    rows = {row["row"]: row for row in study.figures(folder)["rows"]}
+    lost = rows["sequential"]["decoders"]["greedy"]["forgetting"]
+    s = [rates(folder, "sequential", seed, "greedy") for seed in (0, 1)]
+    assert lost[0] == pytest.approx(100 * np.mean([x[1, 0] - x[2, 0] for x in s]), abs=0.01)
+    assert lost[-1] == pytest.approx(rows["sequential"]["decoders"]["greedy"]["nbt"]["value"], abs=0.01)
+
+
+def test_cost_is_the_median_over_seeds(folder):
+    (row,) = [row for row in study.figures(folder)["rows"] if row["row"] == "joint"]
+    assert row["cost"]["kept_bytes"] == 1000.5
+    assert row["cost"]["peak_bytes"] == 5e8
+    assert row["cost"]["update_seconds"] == pytest.approx(4.25 * 9, abs=0.1)
+
+
+def test_the_page_shows_every_row_with_published_numbers_and_says_what_is_missing(folder, capsys):
+    study.command(folder, False, Console(width=200))
+    page = (folder / "report" / "index.html").read_text()
+    assert "<b>Runs still missing: 1.</b>" in page
+    for row in ("sequential", "sequential-reversed", "joint", "l2"):
+        assert f'<tr data-row="{row}">' in page
+    for published in ("published 81.2", "published +0.3"):
+        assert page.count(published) == 4  # two orders, two decoders
+    assert json.loads((folder / "report" / "report.json").read_text()) == study.figures(folder)
+    said = capsys.readouterr().out
+    assert "sequential-reversed" in said
+    figures = study.figures(folder)["rows"][0]["decoders"]["sampled"]["gain"]
+    assert f"{figures['value']:+.1f}" in said
+
+
+def test_a_folder_without_results_says_what_to_do(tmp_path):
+    with pytest.raises(PerennialError, match=r"holds no study"):
+        study.figures(tmp_path)
+    atomic.write_json(tmp_path / "study.json", {"study": "toyhouse.study"})
+    with pytest.raises(PerennialError, match=r"no result yet; run it by `perennial study toyhouse.study`"):
+        study.figures(tmp_path)
