@@ -13,6 +13,7 @@ import house
 import learning
 import naive
 import rollout
+import strategies
 from perennial.config import preset
 from perennial.doctor import describe_machine
 
@@ -37,6 +38,9 @@ WORDS = {
     "decisions_played": "decisions that were played",
     "decisions_trained_on": "decisions with a gradient",
     "share_of_work_saved": "share of forward and backward passes saved, with the same gradient",
+    "ewc_overhead": "share of step time that EWC adds",
+    "replay_overhead": "the same for ER, beyond the samples it replays",
+    "dark_replay_overhead": "the same for DER",
     "commit_ms": "atomic commit of adapter and optimiser, ms",
     "cli_help_seconds": "`perennial --help`, seconds",
     "python_start_seconds": "an empty Python process, seconds",
@@ -57,6 +61,7 @@ def main() -> None:
         "repeats": repeats,
         "rollout": rollout.measure(config, repeats) | plain,
         "learning": learning.measure(config, repeats),
+        "strategies": strategies.measure(config, repeats),
         "house": house.measure(config, repeats),
     }
     (ROOT / "benchmarks" / "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -81,7 +86,7 @@ def _page(results: dict) -> str:  # type: ignore[type-arg]
         "| what | measured |",
         "|---|---|",
     ]
-    for part in ("rollout", "learning", "house"):
+    for part in ("rollout", "learning", "strategies", "house"):
         lines += [f"| {WORDS[name]} | {_number(value)} |" for name, value in results[part].items()]
     return "\n".join([*lines, "", READING]) + "\n"
 

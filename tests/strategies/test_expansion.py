@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -74,3 +76,16 @@ def test_looking_up_a_task_leaves_the_learner_alone():
     before = {name: parameter.detach().clone() for name, parameter in learner.model.named_parameters()}
     acting_in(expansion, learner, "left")
     assert all(torch.equal(p, before[name]) for name, p in learner.model.named_parameters())
+
+
+def test_nearest_serves_an_untaught_task_by_the_one_that_sounds_most_alike_also_after_a_restart():
+    learner, expansion = policy(adapter=True), Expansion(held_out="nearest")
+    base = learner.acting_weights()
+    left_with = taught(expansion, learner, ["left", "right", "up"])
+    restored = Expansion(held_out="nearest")
+    restored.load_state_dict(expansion.state_dict(), learner)
+    unheard = replace(TASKS["down-right"], instructions=("fetch some water", "bring water"))
+    for one in (expansion, restored):
+        assert_same(acting_in(one, learner, "down-right"), left_with["right"])  # "go right" in "go down and right"
+        assert_same(acting_in(one, learner, "up-left"), left_with["left"])  # as like as "go up", and taught before it
+        assert_same(one.policy_for(unheard, learner), base)

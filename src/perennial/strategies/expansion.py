@@ -24,13 +24,16 @@ class Expansion(Strategy):
     adapter, one whole policy.
 
     Attributes:
-        held_out: what acts in tasks that have not been taught: the base, or the last adapter learned.
+        held_out: what acts in tasks that have not been taught: the base, the last adapter learned, or the one whose
+            task sounds most alike ("nearest": its first instruction shares the largest part of its words with that of
+            the task, the earlier one of equals; the base where no word is shared).
     """
 
     name: ClassVar[str] = "expansion"
-    held_out: Literal["base", "last"] = "base"
+    held_out: Literal["base", "last", "nearest"] = "base"
     base: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
     adapters: dict[str, dict[str, Tensor]] = field(init=False, repr=False, default_factory=dict)
+    instructions: dict[str, str] = field(init=False, repr=False, default_factory=dict)
     learning: str | None = field(init=False, repr=False, default=None)
 
     def before_task(self, task: Task, policy: Policy) -> None:
@@ -43,23 +46,34 @@ class Expansion(Strategy):
         """Keep what was learned."""
         self.adapters.pop(task.name, None)
         self.adapters[task.name] = snapshot(policy)
+        self.instructions[task.name] = task.instructions[0]
         self.learning = None
 
     def policy_for(self, task: Task, policy: Policy) -> Mapping[str, Tensor]:
         """The task's own weights."""
         if task.name == self.learning or not self.base:
             return policy.acting_weights()
-        weights = self.adapters.get(task.name)
-        if weights is None:
-            weights = list(self.adapters.values())[-1] if self.held_out == "last" and self.adapters else self.base
-        with looking_through(policy, weights):
+        chosen = task.name if task.name in self.adapters else self._stand_in(task)
+        with looking_through(policy, self.base if chosen is None else self.adapters[chosen]):
             return policy.acting_weights()
+
+    def _stand_in(self, task: Task) -> str | None:
+        """The task whose adapter acts in an untaught one; None is the base."""
+        if self.held_out == "base" or not self.adapters:
+            return None
+        if self.held_out == "last":
+            return list(self.adapters)[-1]
+        likeness = {name: _likeness(task.instructions[0], self.instructions[name]) for name in self.adapters}
+        nearest = max(likeness, key=likeness.__getitem__)
+        return nearest if likeness[nearest] else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The base, every adapter in the order learned, and which task is being learned."""
         state = prefixed("base", self.base)
         for number, (task, adapter) in enumerate(self.adapters.items()):
             state |= prefixed(f"adapter/{number:04d}/{task}", adapter)
+        for task, text in self.instructions.items():
+            state[f"instruction/{task}"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         return state | ({f"learning/{self.learning}": torch.ones(1)} if self.learning is not None else {})
 
     def load_state_dict(self, state: Mapping[str, Tensor], policy: Policy) -> None:
@@ -67,4 +81,12 @@ class Expansion(Strategy):
         self.base = unprefixed("base", state, policy.device)
         adapters = nested(unprefixed("adapter", state), policy.device)
         self.adapters = {name.partition("/")[2]: adapters[name] for name in sorted(adapters)}
+        spoken = unprefixed("instruction", state)
+        self.instructions = {task: bytes(text.numpy()).decode() for task, text in spoken.items()}
         self.learning = next(iter(unprefixed("learning", state)), None)
+
+
+def _likeness(one: str, other: str) -> float:
+    """The share of their words that two sentences have in common, in [0, 1] (Jaccard index)."""
+    words, others = set(one.lower().split()), set(other.lower().split())
+    return len(words & others) / len(words | others)
