@@ -12,10 +12,10 @@ from perennial.studies.base import Entry, Method
 from toyhouse.study import STUDY
 
 
-def test_the_grid_is_methods_by_their_orders_by_seeds_and_starts_every_method_early():
+def test_the_grid_is_methods_by_their_orders_by_seeds_with_other_orders_last():
     names = [entry.name for entry in base.grid(STUDY)]
     assert names == [
-        f"{row}/seed{seed}" for seed in (0, 1) for row in ("sequential", "sequential-reversed", "joint", "l2")
+        f"{row}/seed{seed}" for seed in (0, 1) for row in ("sequential", "joint", "l2", "sequential-reversed")
     ]
     assert [entry.name for entry in base.grid(STUDY, ["l2"], [1])] == ["l2/seed1"]
 

@@ -152,5 +152,5 @@ def test_the_report_of_a_study_needs_its_results_only(done, tmp_path, capsys):
     (copy / "results").symlink_to(done / "results")
     main(["report", str(copy), "--json"])
     found = json.loads(capsys.readouterr().out)
-    assert [row["row"] for row in found["rows"]] == ["sequential", "sequential-reversed", "l2"]
+    assert [row["row"] for row in found["rows"]] == ["sequential", "l2", "sequential-reversed"]
     assert len(found["missing"]) == 5

@@ -144,7 +144,7 @@ def find(name: str) -> Study:
 
 
 def grid(study: Study, methods: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Entry]:
-    """The runs of the chosen `methods` and `seeds`, by default all, seed by seed so that every method starts early.
+    """The runs of the chosen `methods` and `seeds`, by default all: seed by seed, other orders of tasks last in each.
 
     Raises:
         PerennialError: a method or seed is not in the study, or the study's names clash.
@@ -160,8 +160,10 @@ def grid(study: Study, methods: Sequence[str] = (), seeds: Sequence[int] = ()) -
     entries = [
         Entry(study, method, order, seed)
         for seed in seeds or study.seeds
+        for given in (True, False)
         for method in methods or study.methods
         for order in study.methods[method].orders
+        if (order == GIVEN) is given
     ]
     _check(study, entries)
     return entries
