@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 
 from perennial import config as module
@@ -81,6 +82,26 @@ def test_checkpoints_are_folders_or_come_with_perennial(tmp_path, monkeypatch):
     assert checkpoint_folder("bundled:tiny") == tmp_path / "checkpoints" / "tiny"
     with pytest.raises(PerennialError, match=r"no bundled checkpoint 'tinny'\. Did you mean tiny"):
         checkpoint_folder("bundled:tinny")
+
+
+def test_hub_checkpoints_are_those_that_were_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PerennialError, match=r"hub:openvla/openvla-7b is not on this disk; .*`hf download openvla/op"):
+        checkpoint_folder("hub:openvla/openvla-7b")
+    with pytest.raises(PerennialError, match=r"hub:not a name is not on this disk"):
+        checkpoint_folder("hub:not a name")
+    cached = tmp_path / "models--openvla--openvla-7b"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc123")
+    (cached / "snapshots" / "abc123").mkdir(parents=True)
+    assert checkpoint_folder("hub:openvla/openvla-7b") == cached / "snapshots" / "abc123"
+
+
+def test_a_bare_repository_name_is_answered_with_how_to_download_it():
+    with pytest.raises(PerennialError, match=r"'openvla/openvla-7b' does not exist; .*give hub:openvla/openvla-7b\."):
+        checkpoint_folder("openvla/openvla-7b")
+    with pytest.raises(PerennialError, match=r"'/no/where' does not exist; give a folder or `bundled:"):
+        checkpoint_folder("/no/where")
 
 
 def test_phases_are_tasks_one_by_one_or_all_at_once(config):

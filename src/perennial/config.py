@@ -7,6 +7,7 @@ own settings are reached through that name (`--strategies.ewc.coefficient 10`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -38,7 +39,8 @@ class PolicyChoice:
 
     Attributes:
         name: of the policy class.
-        checkpoint: a folder, or `bundled:<name>` for one that comes with Perennial.
+        checkpoint: a folder, `bundled:<name>` for one that comes with Perennial, or `hub:<owner>/<name>` for one that
+            `hf download` has put on this disk.
         adapter: the LoRA that learns; None trains every parameter.
     """
 
@@ -100,10 +102,10 @@ class Config:
 
 
 def checkpoint_folder(checkpoint: str) -> Path:
-    """The folder that `checkpoint` names; a manifest in it is checked.
+    """The folder that `checkpoint` names; a manifest in it is checked. Nothing is downloaded.
 
     Raises:
-        PerennialError: there is no such folder, or a file in it does not match its manifest.
+        PerennialError: there is no such folder on this disk, or a file in it does not match its manifest.
     """
     folder = _named_folder(checkpoint)
     if (folder / MANIFEST).is_file():
@@ -118,11 +120,35 @@ def _named_folder(checkpoint: str) -> Path:
         if not (bundled / name).is_dir():
             raise unknown("bundled checkpoint", name, [p.name for p in bundled.iterdir() if p.is_dir()])
         return bundled / name
+    if scheme == "hub":
+        return _downloaded_folder(name)
     if not Path(checkpoint).is_dir():
-        raise PerennialError(
-            f"The checkpoint folder {checkpoint!r} does not exist; give a folder or `bundled:metaworld-small`."
-        )
+        hint = "give a folder or `bundled:metaworld-small`"
+        if REPOSITORY.fullmatch(checkpoint):
+            hint = f"if it is on the Hugging Face hub, run `hf download {checkpoint}` and give hub:{checkpoint}"
+        raise PerennialError(f"The checkpoint folder {checkpoint!r} does not exist; {hint}.")
     return Path(checkpoint)
+
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""What the Hugging Face hub calls a repository."""
+
+
+def _downloaded_folder(repository: str) -> Path:
+    """The newest snapshot of a hub repository that lies on this disk."""
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    except ModuleNotFoundError as error:
+        raise PerennialError(
+            f"hub: checkpoints need {error.name}; install it with pip install 'perennial[vla]'."
+        ) from error
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError):
+        raise PerennialError(
+            f"hub:{repository} is not on this disk; download it with `hf download {repository}` first."
+        ) from None
 
 
 def validate(config: Config) -> Config:

@@ -22,6 +22,9 @@ INDEX = ".safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that can be merged; all others are read as bytes."""
 
+SHOWN = 10
+"""Names that a sentence lists."""
+
 BUFFERS = 4
 """Blocks of a model that may wait to be hashed."""
 
@@ -127,8 +130,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     entries: dict[str, Entry] = {}
     for file in files:
         entries |= read_header(file)[1]
-    if index is not None and {name: entry.file.name for name, entry in entries.items()} != index:
-        raise PerennialError(f"The index of {path} does not name the tensors of its files; copy the checkpoint again.")
+    if index is not None:
+        places = {name: entry.file.name for name, entry in entries.items()}
+        wrong = sorted(name for name in places.keys() | index.keys() if places.get(name) != index.get(name))
+        if wrong:
+            more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+            raise PerennialError(
+                f"The index of {path} does not name the tensors of its files, among them "
+                f"{', '.join(wrong[:SHOWN])}{more}; copy the checkpoint again."
+            )
     return Checkpoint(path, tuple(files), entries)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Language:
     key_value_heads: int
     mlp_width: int
     initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,9 @@ class OpenVLAOFTConfig:
         chunk: actions per decision; `hold`: environment steps for which each of them is held.
         max_prompt_length: longest prompt in tokens.
         use_proprio: a token made from the normalised state follows the patches.
+        prompt_end: the prompt stops at its last colon and ends in these tokens; None keeps the blank after the colon.
+        stop_token_id: follows the action slots; None ends the sequence with them.
+        gripper: "libero" turns the last number of an action, 0 closed to 1 open, into -1 open or 1 closed.
     """
 
     image_size: int
@@ -96,6 +101,9 @@ class OpenVLAOFTConfig:
     views: int = 1
     center_crop: bool = False
     max_prompt_length: int = 128
+    prompt_end: tuple[int, ...] | None = None
+    stop_token_id: int | None = None
+    gripper: Literal["unchanged", "libero"] = "unchanged"
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
@@ -135,15 +143,17 @@ class OpenVLAOFTConfig:
         stats = values["norm_stats"]
         proprio = stats.get("proprio")
         parts = {
-            "dino": _read(Tower, values["dino"]),
-            "siglip": _read(Tower, values["siglip"]),
+            "dino": read(Tower, values["dino"]),
+            "siglip": read(Tower, values["siglip"]),
             "language": Language(**values["language"]),
-            "norm_stats": NormStats(_read(Quantiles, stats["action"]), proprio and _read(Quantiles, proprio)),
+            "norm_stats": NormStats(read(Quantiles, stats["action"]), proprio and read(Quantiles, proprio)),
         }
-        return cls(**{**values, **parts})
+        config: OpenVLAOFTConfig = read(cls, {**values, **parts})
+        return config
 
 
-def _read(kind: Any, values: Mapping[str, Any]) -> Any:
+def read(kind: Any, values: Mapping[str, Any]) -> Any:
+    """The dataclass `kind` with these fields, lists of JSON as tuples."""
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 

@@ -39,6 +39,7 @@ class OpenVLAOFTModel(nn.Module):
         nn.init.normal_(self.language_model.lm_head.weight, std=config.language.initializer_range)
         self.proprio_projector = ProprioProjector(config) if config.use_proprio else None
         self.tokens = config.tokens
+        self.stop_token_id = config.stop_token_id
 
     def forward(self, pixels: Tensor, prompt: Tensor, prompt_mask: Tensor, state: Tensor) -> Tensor:
         """Logits of the action bins, [N, K, bins]; arguments as for `hidden`."""
@@ -54,21 +55,29 @@ class OpenVLAOFTModel(nn.Module):
             prompt_mask: bool [N, 1 + P], False at padding.
             state: normalised proprioception [N, S]; S is 0 where it is not used.
         """
+        embeddings, mask = self.prefix(pixels, prompt, prompt_mask, state)
+        slots = embeddings.new_zeros(len(embeddings), self.tokens, embeddings.shape[2])
+        parts = [embeddings, slots]
+        if self.stop_token_id is not None:
+            stop = prompt.new_full((len(prompt), 1), self.stop_token_id)
+            parts.append(self.language_model.model.embed_tokens(stop))
+        sequence = torch.cat(parts, dim=1)
+        return self._decode(sequence, functional.pad(mask, (0, sequence.shape[1] - mask.shape[1]), value=True))
+
+    def prefix(self, pixels: Tensor, prompt: Tensor, prompt_mask: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """What the language model sees before the action slots: BOS, the image, the state, padding and the prompt.
+
+        Returns:
+            embeddings: [N, L, width].
+            mask: bool [N, L], False at padding.
+        """
         words = self.language_model.model.embed_tokens(prompt)
         parts = [words[:, :1], self.projector(self.vision_backbone(pixels))]
         if self.proprio_projector is not None:
             parts.append(self.proprio_projector(state)[:, None])
-        sensed = sum(part.shape[1] for part in parts) - 1
-        slots = words.new_zeros(len(words), self.tokens, words.shape[2])
-        mask = torch.cat(
-            [
-                prompt_mask.new_ones(len(words), 1 + sensed),
-                prompt_mask[:, 1:],
-                prompt_mask.new_ones(len(words), self.tokens),
-            ],
-            dim=1,
-        )
-        return self._decode(torch.cat([*parts, words[:, 1:], slots], dim=1), mask)
+        sensed = torch.cat(parts, dim=1)
+        mask = torch.cat([prompt_mask.new_ones(sensed.shape[:2]), prompt_mask[:, 1:]], dim=1)
+        return torch.cat([sensed, words[:, 1:]], dim=1), mask
 
     def _decode(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Run the decoder with attention in both directions over the columns where `mask` [N, L] is True."""
@@ -81,14 +90,15 @@ class OpenVLAOFTModel(nn.Module):
             bias = bias.expand(-1, 1, mask.shape[1], -1)
         for layer in llama.layers[:-1]:
             hidden = layer(hidden, attention_mask=bias, position_embeddings=(cos, sin), is_causal=False)
-        read: Tensor = llama.norm(_last_layer(llama.layers[-1], hidden, cos, sin, bias, self.tokens))
-        return read
+        after = 1 if self.stop_token_id is None else 2
+        read = slice(-self.tokens - after, -after)
+        states: Tensor = llama.norm(_last_layer(llama.layers[-1], hidden, cos, sin, bias, read))
+        return states
 
 
-def _last_layer(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, tokens: int) -> Tensor:
-    """A decoder layer evaluated only at the `tokens` positions that are read, [N, tokens, width]."""
+def _last_layer(layer: Any, hidden: Tensor, cos: Tensor, sin: Tensor, bias: Tensor | None, read: slice) -> Tensor:
+    """A decoder layer evaluated only at the positions that are read, [N, tokens, width]."""
     attention = layer.self_attn
-    read = slice(-tokens - 1, -1)
 
     def heads(x: Tensor) -> Tensor:
         return x.view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
@@ -188,7 +198,8 @@ def _llama(config: OpenVLAOFTConfig) -> LlamaConfig:
         num_key_value_heads=language.key_value_heads,
         head_dim=language.width // language.heads,
         initializer_range=language.initializer_range,
-        rms_norm_eps=1e-6,
+        rms_norm_eps=language.rms_norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": language.rope_theta},
         tie_word_embeddings=False,
         use_cache=False,
         attn_implementation="sdpa",

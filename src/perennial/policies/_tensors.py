@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -32,19 +32,29 @@ def read_tensors(path: Path, model: nn.Module) -> None:
     except (SafetensorError, OSError) as error:
         raise PerennialError(f"{path} cannot be read ({error}); copy the checkpoint again.") from error
     wanted = model.state_dict()
-    _refuse(path, "lacks", wanted.keys() - tensors.keys())
-    _refuse(path, "has unexpected", tensors.keys() - wanted.keys())
-    wrong = (name for name, tensor in tensors.items() if tensor.shape != wanted[name].shape)
-    _refuse(
-        path,
-        "has tensors of another shape than config.json says:",
-        (f"{name} {list(tensors[name].shape)} instead of {list(wanted[name].shape)}" for name in wrong),
-    )
+    refuse_mismatch(path, *({name: tuple(t.shape) for name, t in both.items()} for both in (tensors, wanted)))
     model.load_state_dict({name: tensor.to(wanted[name].dtype) for name, tensor in tensors.items()})
 
 
-def _refuse(path: Path, problem: str, names: Iterable[str]) -> None:
-    found = sorted(names)
-    if found:
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise PerennialError(f"{path} {problem} {', '.join(found[:SHOWN])}{more}; it does not fit this policy.")
+def refuse_mismatch(path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare the shapes of tensors by name.
+
+    Raises:
+        PerennialError: it names those that are missing, unexpected or of another shape.
+    """
+    wrong = [name for name in found.keys() & wanted.keys() if found[name] != wanted[name]]
+    problems = {
+        "lacks": wanted.keys() - found.keys(),
+        "has unexpected": found.keys() - wanted.keys(),
+        "has tensors of another shape than config.json says:": [
+            f"{name} {list(found[name])} instead of {list(wanted[name])}" for name in wrong
+        ],
+    }
+    said = [f"{problem} {_some(names)}" for problem, names in problems.items() if names]
+    if said:
+        raise PerennialError(f"{path} {' and '.join(said)}; it does not fit this policy.")
+
+
+def _some(names: Collection[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(sorted(names)[:SHOWN]) + more

@@ -38,9 +38,20 @@ def train_tokenizer(instructions: Iterable[str]) -> Tokenizer:
 
 
 def tokenize(
-    tokenizer: Tokenizer, instructions: Sequence[str], bos_token_id: int, longest: int
+    tokenizer: Tokenizer,
+    instructions: Sequence[str],
+    bos_token_id: int,
+    longest: int,
+    end: tuple[int, ...] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Prompts for the model: BOS first, then padding up to the longest of them, then the prompt.
+
+    Args:
+        tokenizer: of the policy.
+        instructions: N sentences.
+        bos_token_id: of the beginning of a sequence.
+        longest: a prompt may have so many tokens.
+        end: the prompt stops at its last colon and ends in these tokens; None keeps the blank after the colon.
 
     Returns:
         ids: int64 [N, 1 + P]; padding has BOS's id.
@@ -49,7 +60,7 @@ def tokenize(
     Raises:
         PerennialError: a prompt has more than `longest` tokens.
     """
-    known = {text: tokenizer.encode(prompt(text), add_special_tokens=False).ids for text in dict.fromkeys(instructions)}
+    known = {text: _ids(tokenizer, prompt(text), end) for text in dict.fromkeys(instructions)}
     text, ids = max(known.items(), key=lambda item: len(item[1]))
     if len(ids) > longest:
         raise PerennialError(
@@ -63,3 +74,9 @@ def tokenize(
         prompts[row, -len(ids) :] = ids
         mask[row, -len(ids) :] = True
     return prompts, mask
+
+
+def _ids(tokenizer: Tokenizer, text: str, end: tuple[int, ...] | None) -> list[int]:
+    if end is None:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    return [*tokenizer.encode(text.rstrip(), add_special_tokens=False).ids, *end]

@@ -107,18 +107,29 @@ def set_trainable(policy: Policy, groups: Collection[str] = ("vision", "language
 
 
 @torch.no_grad()
-def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Detached copies of all base parameters by base name, the active adapters added: W + scale * B A."""
+def merged_weights(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Detached copies of base parameters by base name, the active adapters added: W + scale * B A.
+
+    Args:
+        model: with or without adapters.
+        names: of the parameters; None takes all.
+    """
     weights = {
         base_name(name): parameter.detach().clone()
         for name, parameter in unwrap(model).named_parameters()
-        if ".lora_" not in name
+        if ".lora_" not in name and (names is None or base_name(name) in names)
     }
     for name, module in unwrap(model).named_modules():
-        if hasattr(module, "lora_A"):
+        if hasattr(module, "lora_A") and f"{name}.weight" in weights:
             for adapter in module.active_adapters:  # type: ignore[union-attr]
                 weights[f"{name}.weight"] += module.get_delta_weight(adapter)  # type: ignore[operator]
     return weights
+
+
+def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all base parameters by base name."""
+    parameters = unwrap(model).named_parameters()
+    return {base_name(name): tuple(p.shape) for name, p in parameters if ".lora_" not in name}
 
 
 def flatten(weights: Mapping[str, Tensor], out: Tensor | None = None) -> tuple[Tensor, Layout]:

@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.policies import _images, _tokenizer
+from perennial.policies import _images, _openvla_published, _tokenizer
 from perennial.policies._openvla_oft_config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
 from perennial.policies._tensors import read_tensors, write_tensors
 from perennial.policies._tokenizer import train_tokenizer
@@ -52,9 +53,17 @@ class OpenVLAOFT(Policy):
     """
 
     name: ClassVar[str] = "openvla_oft"
+    published_chunk: ClassVar[int] = 8
 
-    def __init__(self, config: OpenVLAOFTConfig, tokenizer: Tokenizer, model: OpenVLAOFTModel) -> None:
+    def __init__(
+        self,
+        config: OpenVLAOFTConfig,
+        tokenizer: Tokenizer,
+        model: OpenVLAOFTModel,
+        source: _openvla_published.Source | None = None,
+    ) -> None:
         self.config = config
+        self.source = source
         self.tokenizer = tokenizer
         self.model = model.eval()
         self.groups = _groups(model)
@@ -109,6 +118,7 @@ class OpenVLAOFT(Policy):
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Tokens for the mean action of each held window of `actions` [N, C, D]; int64 [N, K]."""
         config = self.config
+        actions = _gripper_opening(actions) if config.gripper == "libero" else actions
         windows = actions.reshape(len(actions), config.chunk, config.hold, config.action_dim).mean(2, dtype=np.float64)
         unit = np.clip(_normalise(windows, config.norm_stats.action), -1, 1)
         bins = np.digitize(unit, np.linspace(-1, 1, config.action_bins)) - 1
@@ -122,6 +132,7 @@ class OpenVLAOFT(Policy):
         bins = np.clip(config.action_bins - 1 - sample, 0, config.action_bins - 2)
         unit = ((edges[:-1] + edges[1:]) / 2)[bins].reshape(len(sample), config.chunk, config.action_dim)
         actions = _unnormalise(unit, config.norm_stats.action).astype(np.float32)
+        actions = _gripper_command(actions) if config.gripper == "libero" else actions
         return np.repeat(actions, config.hold, axis=1)
 
     def _logits(self, observation: Observation) -> Tensor:
@@ -133,7 +144,7 @@ class OpenVLAOFT(Policy):
                 "choose a checkpoint that was trained on this suite."
             )
         prompt, mask = _tokenizer.tokenize(
-            self.tokenizer, observation.instructions, config.bos_token_id, config.max_prompt_length
+            self.tokenizer, observation.instructions, config.bos_token_id, config.max_prompt_length, config.prompt_end
         )
         state = np.zeros((len(observation), 0))
         if config.use_proprio and config.norm_stats.proprio is not None:
@@ -148,28 +159,60 @@ class OpenVLAOFT(Policy):
         return logits.float()
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> Self:
-        """Load config.json, tokenizer.json and model.safetensors from `folder`; the weights become `dtype`."""
+    def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Self:
+        """Load a checkpoint that `save` wrote, or a published one.
+
+        Args:
+            folder: as this class writes it (config.json, tokenizer.json, model.safetensors), or as on the Hugging Face
+                hub (see `_openvla_published`).
+            dtype: of the weights; None takes what perennial.json says, float32 where it says nothing.
+            device: where the weights go.
+
+        Raises:
+            PerennialError: a file is missing or damaged, or the checkpoint does not fit this policy.
+        """
+        if _openvla_published.is_published(folder):
+            source, config, tokenizer = _openvla_published.read_description(folder, cls.published_chunk)
+            model = _network(config, "absent")
+            chosen = dtype or getattr(torch, source.settings.dtype)
+            _openvla_published.read_weights(source, config, model, chosen, torch.device(device))
+            return cls(config, tokenizer, model.to(device), source)
+        return cls._load_own(folder, dtype or torch.float32, device)
+
+    @classmethod
+    def _load_own(cls, folder: Path, dtype: torch.dtype, device: str) -> Self:
         from tokenizers import Tokenizer
 
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise PerennialError(f"The checkpoint {folder} has no {name}; copy the folder again.")
         try:
-            config = OpenVLAOFTConfig.from_json(json.loads((folder / "config.json").read_text())["openvla_oft"])
+            content = json.loads((folder / "config.json").read_text())
+            config = OpenVLAOFTConfig.from_json(content["openvla_oft"])
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception
             raise PerennialError(
                 f"config.json or tokenizer.json in {folder} cannot be read ({error!r}); copy the folder again."
             ) from error
-        model = _network(config, random=False)
+        if content.get("policy", cls.name) != cls.name:
+            raise PerennialError(
+                f"{folder} was written by the policy {content['policy']!r}; set --policy.name {content['policy']}."
+            )
+        model = _network(config, "unset")
         read_tensors(folder / "model.safetensors", model)
         for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions
             parameter.data = parameter.data.to(dtype)
-        return cls(config, tokenizer, model)
+        return cls(config, tokenizer, model.to(device))
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are)."""
+        """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are).
+
+        A policy that was read from a published folder is written in the published layout.
+        """
+        if self.source is not None:
+            chosen = dtype or next(self.model.parameters()).dtype
+            _openvla_published.write_checkpoint(folder, self.source, self.config, self.model, chosen)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"policy": self.name, "openvla_oft": self.config.to_json()}, indent=2)
         (folder / "config.json").write_text(content + "\n")
@@ -183,19 +226,26 @@ def _quantiles(values: np.ndarray) -> Quantiles:
     return Quantiles(tuple(map(float, low)), tuple(map(float, high)))
 
 
-def _network(config: OpenVLAOFTConfig, random: bool = True) -> OpenVLAOFTModel:
+def _network(config: OpenVLAOFTConfig, weights: Literal["random", "unset", "absent"] = "random") -> OpenVLAOFTModel:
+    """The network; with absent weights its parameters lie on the meta device, its buffers do not."""
     try:
         from transformers.initialization import no_init_weights
 
         from perennial.policies._openvla_oft_model import OpenVLAOFTModel
+
+        if weights == "random":
+            return OpenVLAOFTModel(config)
+        with ExitStack() as stack:
+            stack.enter_context(no_init_weights())
+            if weights == "absent":
+                from accelerate import init_empty_weights
+
+                stack.enter_context(init_empty_weights(include_buffers=False))
+            return OpenVLAOFTModel(config)
     except ModuleNotFoundError as error:
         raise PerennialError(
             f"OpenVLA-OFT needs {error.name}; install it with pip install 'perennial[vla]'."
         ) from error
-    if random:
-        return OpenVLAOFTModel(config)
-    with no_init_weights():
-        return OpenVLAOFTModel(config)
 
 
 def _groups(model: OpenVLAOFTModel) -> Mapping[str, Sequence[str]]:
@@ -229,6 +279,16 @@ def _unnormalise(unit: np.ndarray, stats: Quantiles) -> np.ndarray:
     """Map -1..1 to q01..q99."""
     low, high = np.array(stats.q01), np.array(stats.q99)
     return np.where(_mask(stats), (unit + 1) / 2 * (high - low) + low, unit)
+
+
+def _gripper_command(actions: np.ndarray) -> np.ndarray:
+    """LIBERO's gripper: the last number, 0 closed to 1 open, becomes -1 (open) or 1 (closed)."""
+    return np.concatenate([actions[..., :-1], -np.sign(2 * actions[..., -1:] - 1)], axis=-1)
+
+
+def _gripper_opening(actions: np.ndarray) -> np.ndarray:
+    """The inverse of `_gripper_command`."""
+    return np.concatenate([actions[..., :-1], (1 - actions[..., -1:]) / 2], axis=-1)
 
 
 def _mask(stats: Quantiles) -> np.ndarray:
