@@ -176,6 +176,30 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Mechanism:
+    """Measure what learning did to a run's weights: size and rank of the update, Fisher energy, KL, and its scale."""
+
+    run: Positional[Path]
+    """Folder of a run that has learned at least one task."""
+    out: Path | None = None
+    """Where to write the page, by default mechanism.html in the run's report folder; the JSON goes beside it."""
+    tasks: tuple[str, ...] = ()
+    """Tasks on which the base's Fisher information is taken; by default the held-out tasks."""
+    episodes: int = 20
+    """Episodes for each task at each scale."""
+    scales: str = "0,0.25,0.5,0.75,1"
+    """Shares of the final update to play with, from 0 (the base) to 1 (what the run has learned)."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def __call__(self) -> None:
+        """Measure."""
+        from perennial.mechanism import command
+
+        command.command(self, console)
+
+
+@dataclass(frozen=True)
 class Demos:
     """Record demonstrations with a suite's scripted experts; repeat the command to continue."""
 
@@ -312,6 +336,7 @@ COMMANDS: dict[str, type] = {
     "study": Study,
     "report": Report,
     "compare": Compare,
+    "mechanism": Mechanism,
     "demos": Demos,
     "pretrain": Pretrain,
     "merge": Merge,

@@ -80,3 +80,25 @@ def test_colours_follow_the_page_and_have_a_fallback():
     for colour, variable in plots.VARIABLES.items():
         assert f"var({variable}, {colour})" in svg
         assert svg.count(colour) == svg.count(f"var({variable}, {colour})")
+
+
+def test_lines_have_their_own_axes_and_a_shade_from_low_to_high():
+    curve = [(0.0, 10.0), (0.25, 20.0), (1.0, 50.0)]
+    svg = plots.lines("s", [curve], "t", "scale", "success, %", bands=[[(0, 20), (10, 30), (40, 60)]], limits=(0, 100))
+    assert {"scale", "success, %", "0.2", "100"} <= set(texts(svg))
+    ((first, quarter, last),) = lines(svg, "s", 3)
+    assert quarter[0] == pytest.approx(first[0] + (last[0] - first[0]) / 4)
+    (shade,) = [e for e in ElementTree.fromstring(svg).iter(f"{SVG}g") if "FillBetween" in e.get("id", "")]
+    down = float(next(shade.iter(f"{SVG}use")).get("y"))
+    words = next(shade.iter(f"{SVG}path")).get("d").replace("z", "").split()
+    heights = [down + float(words[i + 2]) for i in range(0, len(words), 3)]
+    percent = (first[1] - last[1]) / 40  # the line climbs from 10 to 50
+    assert max(heights) == pytest.approx(first[1] + 10 * percent, abs=0.1)
+    assert min(heights) == pytest.approx(last[1] - 10 * percent, abs=0.1)
+
+
+def test_lines_over_whole_numbers_are_ticked_at_whole_numbers_and_begin_at_zero():
+    svg = plots.lines("r", [[(1, 5.0), (2, 6.0)]], "t", "tasks learned", "rank")
+    shown = texts(svg)
+    assert {"0", "1", "2"} <= set(shown)
+    assert not [text for text in shown if text.startswith(("1.", "2."))]

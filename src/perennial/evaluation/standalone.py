@@ -40,7 +40,8 @@ def evaluate(options: Evaluate, console: Console) -> None:
         raise PerennialError(f"--episodes is {options.episodes}, but it must be above 0.")
     if options.temperature < 0:
         raise PerennialError(f"--temperature is {options.temperature}, but it must be 0 or more.")
-    actor = _from_run(options) if (options.run / "run.json").is_file() else _from_checkpoint(options)
+    is_run = (options.run / "run.json").is_file()
+    actor = of_run(RunFolder.open(options.run), options.after, options.seed) if is_run else _from_checkpoint(options)
     cast = actor.cast
     suite = discovery.find("suites", cast.suite, Suite)()
     if options.variant not in suite.variants:
@@ -73,22 +74,25 @@ class Actor:
     tasks: tuple[str, ...]
 
 
-def _from_run(options: Evaluate) -> Actor:
-    """The policy of a run after `options.after` tasks."""
-    folder = RunFolder.open(options.run)
+def of_run(folder: RunFolder, after: int, seed: int) -> Actor:
+    """The policy of a run after `after` tasks, -1 for the newest; `seed` names the streams of action sampling.
+
+    Raises:
+        PerennialError: the run has not come that far, or its files are damaged.
+    """
     config: Config = overrides.from_json(Config, folder.header["config"])
-    if not -1 <= options.after <= len(config.phases):
-        raise PerennialError(f"--after is {options.after}; it must be -1 (the newest) to {len(config.phases)}.")
+    if not -1 <= after <= len(config.phases):
+        raise PerennialError(f"--after is {after}; it must be -1 (the newest) to {len(config.phases)}.")
     checkpoint = checkpoint_folder(config.policy.checkpoint)
     policy = discovery.find("policies", config.policy.name, Policy).load(checkpoint)
     strategies = Strategies()
-    learned = _learned_folder(folder, options.after)
+    learned = _learned_folder(folder, after)
     if learned is not None:
         strategies = Strategies(config.strategies)
         if config.policy.adapter is not None:
             add_adapter(policy, config.policy.adapter, config.seed)
         read_learned(policy, strategies, learned)
-    cast = Cast(config.suite, config.policy.name, checkpoint, options.seed)
+    cast = Cast(config.suite, config.policy.name, checkpoint, seed)
     return Actor(policy, strategies, cast, config.workers, (*config.tasks.trained, *config.tasks.held_out))
 
 

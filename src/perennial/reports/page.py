@@ -16,7 +16,7 @@ from markupsafe import Markup
 from perennial.evaluation.statistics import wilson
 from perennial.reports import plots, words
 from perennial.reports.record import Record, read
-from perennial.reports.summary import as_percent, report
+from perennial.reports.summary import percent, report
 from perennial.storage import atomic
 
 PARTS = {"rollout": "Playing training episodes", "update": "Learning", "evaluation": "Evaluation", "commit": "Saving"}
@@ -153,11 +153,16 @@ def heat_map(record: Record, variant: str, decoder: str) -> dict[str, Any]:
 def _heat_cell(task: str, outcome: np.ndarray | None, just_taught: bool) -> dict[str, Any]:
     if outcome is None:
         return {"just_taught": just_taught, "rate": None}
-    successes, episodes = int(outcome.sum()), len(outcome)
-    estimate = wilson(successes, episodes)
-    rate, low, high = map(as_percent, (estimate.value, estimate.low, estimate.high))
+    estimate = percent(wilson(int(outcome.sum()), len(outcome)))
+    assert estimate is not None
+    return shown_rate(task, estimate, just_taught)
+
+
+def shown_rate(task: str, estimate: Mapping[str, float], just_taught: bool) -> dict[str, Any]:
+    """A cell of a heat map: `estimate`, `{value, low, high, n}` in percent, with its tooltip."""
+    rate, low, high, episodes = (estimate[key] for key in ("value", "low", "high", "n"))
     title = (
-        f"{successes} of {words.count(episodes, 'episode')} of {task}, "
+        f"{round(rate * episodes / 100)} of {words.count(int(episodes), 'episode')} of {task}, "
         f"95\u00a0% interval {words.points(low)} to {words.points(high)}\u00a0%"
     )
     return {"just_taught": just_taught, "rate": rate, "low": low, "high": high, "n": episodes, "title": title}
@@ -235,6 +240,7 @@ def _commands(record: Record) -> list[tuple[str, str]]:
         *resume,
         (f"perennial evaluate {run}", "evaluate it again, or more thoroughly"),
         (f"perennial compare {run} OTHER_RUN", "set it beside another run"),
+        (f"perennial mechanism {run}", "what learning did to its weights"),
         (f"perennial report {run} --json", "the same figures for a program"),
     ]
 

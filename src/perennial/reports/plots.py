@@ -91,6 +91,38 @@ def trade_off(name: str, points: Sequence[tuple[str, Mapping[str, float], Mappin
     return _svg(figure, name, title)
 
 
+def lines(
+    name: str,
+    curves: Sequence[Curve],
+    title: str,
+    x: str,
+    y: str,
+    bands: Sequence[Sequence[tuple[float, float]]] = (),
+    limits: tuple[float, float] | None = None,
+) -> str:
+    """Any quantity over any other, one line a curve, drawn as `KEY` tells.
+
+    Args:
+        name: unique within the page.
+        curves: of (x, y) pairs.
+        title: what a screen reader says.
+        x: what the horizontal axis says.
+        y: what the vertical axis says.
+        bands: for each curve the (low, high) at each of its points, drawn as a shade.
+        limits: of the vertical axis; by default it begins at 0.
+    """
+    figure, axes = _figure((3.6, 2.3))
+    for index, curve in enumerate(curves):
+        if index < len(bands):
+            lows, highs = zip(*bands[index], strict=True)
+            colour = KEY[index % len(KEY)][0]
+            axes.fill_between([x for x, _ in curve], lows, highs, color=colour, alpha=0.15, linewidth=0)
+        _draw(axes, curve, index)
+    axes.set_ylim(limits or (min(0.0, axes.get_ylim()[0]), None))
+    _label(axes, x, y, whole=all(float(place).is_integer() for curve in curves for place, _ in curve))
+    return _svg(figure, name, title)
+
+
 def key(index: int) -> str:
     """A short line, drawn as the `index`-th curve of `success_curve`."""
     colour, dashes = KEY[index % len(KEY)]
@@ -124,12 +156,12 @@ def _draw(axes: Any, curve: Curve, index: int) -> None:
     axes.plot(xs, ys, color=colour, linewidth=1.7, linestyle=dashes, marker=marker, markersize=3)
 
 
-def _label(axes: Any, x: str, y: str) -> None:
+def _label(axes: Any, x: str, y: str, whole: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=whole))
 
 
 def _svg(figure: Any, name: str, title: str) -> str:

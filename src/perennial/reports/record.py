@@ -20,6 +20,7 @@ class Record:
 
     Attributes:
         name: of the run, by default that of its folder.
+        folder: of the run.
         run: the content of run.json.
         trained, held_out: names of the tasks, in order.
         matrices: (variant, decoder) -> the success matrix, cells missing where they are not evaluated yet.
@@ -29,6 +30,7 @@ class Record:
     """
 
     name: str
+    folder: Path
     run: Mapping[str, Any]
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
@@ -125,6 +127,7 @@ def read(folder: Path) -> Record:
         videos.setdefault(path.stem, {})[int(path.parent.name)] = path
     return Record(
         name=folder.resolve().name,
+        folder=folder,
         run=run.header,
         trained=trained,
         held_out=held_out,
