@@ -1,11 +1,18 @@
 import pytest
-from tiny_openvla_oft import STATE_DIM, tiny_policy
+import tiny_openvla_oft
+import tiny_pi0
 
+from perennial.policies.pi0 import Exploration
 from perennial.testing.policy_conformance import CHECKS, Subject, example_observation
 from perennial.testing.toy import ToyPolicy
 
+PI0_OBSERVATION = example_observation(image_size=16, state_dim=tiny_pi0.STATE_DIM)
 SUBJECTS = {
-    "openvla_oft": Subject(tiny_policy, example_observation(image_size=32, state_dim=STATE_DIM)),
+    "openvla_oft": Subject(
+        tiny_openvla_oft.tiny_policy, example_observation(image_size=32, state_dim=tiny_openvla_oft.STATE_DIM)
+    ),
+    "pi0": Subject(tiny_pi0.tiny_policy, PI0_OBSERVATION),
+    "pi0, all steps": Subject(lambda: tiny_pi0.tiny_policy(exploration=Exploration("all")), PI0_OBSERVATION),
     "toy": Subject(ToyPolicy, example_observation(image_size=8, state_dim=2)),
 }
 

@@ -1,0 +1,149 @@
+"""Reading pi-0 checkpoints: our own folders, and those in the layout of LeRobot's `pi0_base`.
+
+A LeRobot folder has a config.json with `"type": "pi0"` and weights under openpi's names. Two things have to be put into
+it: PaliGemma's tokenizer.json, and, where the folder has no normaliser of LeRobot's, a norm_stats.json as openpi writes
+it, with the mean and std of `state` and `actions`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from perennial.errors import PerennialError
+from perennial.policies._pi0_config import GEMMA, Moments, PI0Config, Vision
+from perennial.policies._tensors import SHOWN
+
+RENAMED = (
+    (r"^(model\.)?paligemma_with_expert\.paligemma\.lm_head\.", "pi0.model.vlm.language_model.embed_tokens."),
+    (r"^(model\.)?paligemma_with_expert\.paligemma\.model\.", "pi0.model.vlm."),
+    (r"^(model\.)?paligemma_with_expert\.gemma_expert\.model\.", "pi0.model.dit."),
+    (r"^(model\.)?(state_proj|action_in_proj|action_time_mlp_in|action_time_mlp_out)\.", r"pi0.embed_action_time.\2."),
+    (r"^(model\.)?action_out_proj\.", "pi0.action_out_proj."),
+    (r"^pi0\.model\.vlm\.vision_tower\.vision_model\.", "pi0.model.vlm.vision_tower."),
+)
+"""Published names -> names of the module, applied one after another."""
+
+PUBLISHED: dict[str, Any] = {"vision": Vision(), "vocab_size": 257152, "bos_token_id": 2}
+"""What a LeRobot config.json leaves unsaid."""
+
+UNUSED = re.compile(r"(gemma_expert\.lm_head|model\.dit\.embed_tokens)\.weight$")
+"""The expert's word embedding, which the published files hold and nothing reads."""
+
+
+def module_name(published: str) -> str:
+    """The parameter that a tensor of a published or own file belongs to."""
+    for pattern, replacement in RENAMED:
+        published = re.sub(pattern, replacement, published)
+    return published
+
+
+@torch.no_grad()
+def read_weights(folder: Path, network: nn.Module) -> None:
+    """Fill every parameter of `network` from the safetensors files in `folder`, one memory-mapped tensor at a time.
+
+    Raises:
+        PerennialError: a file is damaged, or tensors are missing, unexpected or of another shape.
+    """
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise PerennialError(f"The checkpoint {folder} has no model.safetensors; copy the folder again.")
+    wanted = {module_name(name): parameter for name, parameter in network.named_parameters()}
+    found: set[str] = set()
+    problems: list[str] = []
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    name = module_name(key)
+                    if UNUSED.search(name):
+                        continue
+                    shape = tuple(file.get_slice(key).get_shape())
+                    if name not in wanted:
+                        problems.append(f"has unexpected {key}")
+                    elif shape != tuple(wanted[name].shape):
+                        problems.append(f"has {key} of shape {list(shape)} instead of {list(wanted[name].shape)}")
+                    elif name not in found:  # the word head and the embedding are one tensor
+                        wanted[name].copy_(file.get_tensor(key))
+                    found.add(name)
+        except (SafetensorError, OSError) as error:
+            raise PerennialError(f"{path} cannot be read ({error}); copy the checkpoint again.") from error
+    problems += [f"lacks {name}" for name in sorted(wanted.keys() - found)]
+    _refuse(folder, problems)
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if problems:
+        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise PerennialError(f"{folder} {', '.join(problems[:SHOWN])}{more}; it does not fit its config.json.")
+
+
+def read_config(folder: Path) -> PI0Config:
+    """The configuration of a checkpoint of either layout.
+
+    Raises:
+        PerennialError: config.json or the statistics are missing, damaged or of another kind.
+    """
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        if "pi0" in values:
+            return PI0Config.from_json(values["pi0"])
+        if values.get("type") == "pi0":
+            return _from_lerobot(values, *_statistics(folder))
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise PerennialError(f"config.json in {folder} cannot be used ({error!r}); copy the folder again.") from error
+    raise PerennialError(f"config.json in {folder} describes no pi0 policy; choose a pi0 checkpoint.")
+
+
+def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) -> PI0Config:
+    features, scaling = values["input_features"].values(), values["normalization_mapping"]
+    if {scaling["STATE"], scaling["ACTION"]} != {"MEAN_STD"}:
+        raise ValueError(f"normalization_mapping is {scaling}, but only MEAN_STD is known")
+    return PI0Config(
+        state=state,
+        action=action,
+        language=GEMMA[values["paligemma_variant"]],
+        expert=GEMMA[values["action_expert_variant"]],
+        image_size=values["image_resolution"][0],
+        views=sum(feature["type"] == "VISUAL" for feature in features),
+        horizon=values["chunk_size"],
+        executed=values["n_action_steps"],
+        max_state_dim=values["max_state_dim"],
+        max_action_dim=values["max_action_dim"],
+        denoising_steps=values["num_inference_steps"],
+        max_prompt_length=values["tokenizer_max_length"],
+        **PUBLISHED,
+    )
+
+
+def _statistics(folder: Path) -> tuple[Moments, Moments]:
+    """Statistics of state and action, from openpi's norm_stats.json or LeRobot's normaliser."""
+    path = folder / "norm_stats.json"
+    if path.is_file():
+        stats = json.loads(path.read_text())
+        stats = stats.get("norm_stats", stats)
+        return _moments(stats["state"]), _moments(stats["actions"])
+    for path in sorted(folder.glob("policy_preprocessor*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            tensors = {key: file.get_tensor(key).tolist() for key in file.keys()}  # noqa: SIM118
+        if "action.mean" in tensors:
+            return tuple(  # type: ignore[return-value]
+                _moments({kind: tensors[f"{name}.{kind}"] for kind in ("mean", "std")})
+                for name in ("observation.state", "action")
+            )
+    raise PerennialError(
+        f"The checkpoint {folder} comes without statistics of states and actions; put the norm_stats.json of your "
+        "robot's data into it."
+    )
+
+
+def _moments(values: Mapping[str, Iterable[float]]) -> Moments:
+    mean, std = (tuple(map(float, values[kind])) for kind in ("mean", "std"))
+    return Moments(mean, std)
