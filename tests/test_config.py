@@ -52,6 +52,21 @@ def test_a_sound_configuration_comes_back_as_it_is(config):
         ({"strategies": "slca,ewc,slca"}, r"strategies slca and slca all set learning rates; keep one"),
         ({"strategies": "expansion,expansion"}, r"all choose the weights that act; keep one"),
         ({"recipe": "grpo,sft"}, r"no demonstration of left in 'demonstrations'; record some by `perennial demos"),
+        (
+            {"gate.max_forgetting": "-3"},
+            r"--gate\.max_forgetting is -3\.0, but it must be above 0 and below 100 points",
+        ),
+        ({"gate.max_forgetting": "0"}, r"--gate\.max_forgetting is 0\.0, but it must be above 0"),
+        ({"gate.max_task_forgetting": "100"}, r"--gate\.max_task_forgetting is 100\.0, but it must be .* below 100"),
+        ({"gate.scales": "0.5,1"}, r"--gate\.scales is 0\.5,1\.0, but they must be above 0 and below 1"),
+        ({"gate.scales": "0"}, r"--gate\.scales is 0\.0, but they must be above 0"),
+        ({"gate.scales": "0.5,0.5"}, r"--gate\.scales is 0\.5,0\.5, but .* each once"),
+        ({"gate.alpha": "0.7"}, r"--gate\.alpha is 0\.7, but it must be above 0 and at most 0\.5"),
+        ({"gate.beta": "0"}, r"--gate\.beta is 0\.0, but it must be above 0"),
+        ({"gate.pairs": "0"}, r"--gate\.pairs is 0, but it must be above 0"),
+        ({"gate.held_out": "-1"}, r"--gate\.held_out is -1, but it must be 0 or more"),
+        ({"gate.max_forgetting": "3", "strategies": "expansion"}, r"'expansion' gives tasks weights of their own"),
+        ({"gate.max_forgetting": "3", "schedule": "joint", "gate.held_out": "0"}, r"gate has nothing to guard"),
         ({"workers.count": "-1"}, r"--workers\.count is -1, but it must be 0 or more"),
         ({"workers.timeout": "0"}, r"--workers\.timeout is 0\.0, but it must be above 0"),
     ],
@@ -65,6 +80,14 @@ def test_what_may_be_zero_is_accepted(config):
     zeros = ("workers.count", "evaluation.film", "recipe.grpo.clip_low", "recipe.grpo.optimizer.warmup_steps")
     changed = overrides.apply(config, dict.fromkeys(zeros, "0"))
     assert validate(changed).workers.count == 0
+
+
+def test_one_number_switches_the_gate_on(config):
+    assert config.gate.max_forgetting is None
+    gated = validate(overrides.apply(config, {"gate.max-forgetting": "3", "gate.scales": ""}))
+    assert (gated.gate.max_forgetting, gated.gate.scales) == (3.0, ())
+    assert overrides.from_json(Config, module.to_json(gated)) == gated
+    assert validate(overrides.apply(gated, {"schedule": "joint"})).gate.held_out == 2  # which guards one that there is
 
 
 def test_a_strategy_that_the_policy_cannot_serve_is_refused(config, monkeypatch):

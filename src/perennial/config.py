@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from perennial import discovery
 from perennial.errors import PerennialError, unknown
+from perennial.evaluation.gate import Gate
 from perennial.learning.base import Objective
 from perennial.learning.grpo import GRPO
 from perennial.policies.base import Policy
@@ -80,6 +81,7 @@ class Config:
             the multitask oracle.
         recipe: the stages that the policy goes through for each task.
         strategies: what guards old skills; none is sequential fine-tuning.
+        gate: how much may be forgotten with every task; by default whatever is forgotten is carried on.
         trackers: loggers beside the JSON lines that are always written.
     """
 
@@ -91,6 +93,7 @@ class Config:
     policy: PolicyChoice = field(default_factory=PolicyChoice)
     recipe: tuple[Objective, ...] = (GRPO(),)
     strategies: tuple[Strategy, ...] = ()
+    gate: Gate = field(default_factory=Gate)
     evaluation: Evaluation = field(default_factory=Evaluation)
     workers: WorkerConfig = field(default_factory=WorkerConfig)
     trackers: tuple[str, ...] = ()
@@ -188,8 +191,27 @@ def validate(config: Config) -> Config:
         stage.check(config.tasks.trained)
     for tracker in config.trackers:
         discovery.load("tracking", tracker)
+    _check_gate(config)
     _check_ranges(config)
     return config
+
+
+def _check_gate(config: Config) -> None:
+    """There is something to guard, and one policy to judge."""
+    config.gate.check()
+    if config.gate.max_forgetting is None:
+        return
+    for part in config.strategies:
+        if type(part).policy_for is not Strategy.policy_for:
+            raise PerennialError(
+                f"{part.name!r} gives tasks weights of their own, of which a gate cannot scale the update; leave out "
+                f"--gate.max_forgetting or {part.name!r}."
+            )
+    if len(config.phases) == 1 and not config.tasks.held_out[: config.gate.held_out]:
+        raise PerennialError(
+            "The gate has nothing to guard, as no task is taught before another; guard held-out tasks by "
+            "--tasks.held_out and --gate.held_out."
+        )
 
 
 def _check_tasks(tasks: Tasks) -> None:
@@ -202,7 +224,7 @@ def _check_tasks(tasks: Tasks) -> None:
             raise PerennialError(f"The task {name!r} is listed twice among trained and held-out tasks; keep it once.")
 
 
-NON_NEGATIVE = {"seed", "count", "film", "clip_low", "clip_high", "weight_decay", "warmup_steps"}
+NON_NEGATIVE = {"seed", "count", "film", "held_out", "clip_low", "clip_high", "weight_decay", "warmup_steps"}
 """Numbers that may be 0; every other number of a configuration must be above 0."""
 
 

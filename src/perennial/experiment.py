@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from perennial import config as configuration
-from perennial import faults, overrides
+from perennial import faults, gating, overrides
 from perennial.config import Config, PolicyChoice
 from perennial.doctor import describe_machine
 from perennial.evaluation.evaluate import evaluation_episodes
@@ -25,7 +25,7 @@ from perennial.learning.stage import Iteration, learn, learner_threads
 from perennial.reports import page, video
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.rollout.workers import sized
-from perennial.session import Cursor, Session, cells, prepare
+from perennial.session import Cursor, Session, cells, label, prepare
 from perennial.storage.run_folder import RunFolder
 from perennial.suites.base import Task
 
@@ -71,6 +71,8 @@ def _learn_phase(session: Session, phase: int) -> None:
     """Take the policy through the recipe's stages on the tasks of one phase."""
     config, names = session.config, session.config.phases[phase]
     tasks = session.tasks(names)
+    if session.cursor == Cursor():
+        gating.keep_base(session)
     if session.cursor == Cursor(phase):
         for task in tasks:
             session.strategies.before_task(task, session.policy)
@@ -78,7 +80,7 @@ def _learn_phase(session: Session, phase: int) -> None:
         # Joint learning gets the budget of all its tasks.
         objective = replace(config.recipe[number], iterations=config.recipe[number].iterations * len(tasks))
         cursor = session.cursor if session.cursor.stage == number else Cursor(phase, number)
-        session.display.begin(f"learning {_label(names)}")
+        session.display.begin(f"learning {label(names)}")
         learn(
             objective,
             tasks,
@@ -96,25 +98,26 @@ def _learn_phase(session: Session, phase: int) -> None:
     torch.set_num_threads(learner_threads())  # also where no iteration was left to learn: rounding depends on it
     for task in tasks:
         session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, task))
-    session.folder.save_task(phase + 1, _label(names), session.write_learned)
+    gating.pass_gate(session, phase)
+    session.folder.save_task(phase + 1, label(names), session.write_learned)
     session.commit(Cursor(phase + 1))
 
 
 def _finish_iteration(session: Session, phase: int, stage: int, total: int, done: Iteration) -> None:
     """Show, log and commit an iteration."""
-    label = _label(session.config.phases[phase])
+    name = label(session.config.phases[phase])
     place = {"task_index": phase + 1, "stage": stage, "iteration": done.number}
     played = {"success": done.success, "episodes": done.episodes, "env_steps": done.env_steps}
     seconds = {"rollout_seconds": done.rollout_seconds, "update_seconds": done.update_seconds}
     seconds["commit_seconds"] = session.commit_seconds  # of the commit before, as this one is still to come
     objective = session.config.recipe[stage].name
-    session.display.iteration(label, done, total)
+    session.display.iteration(name, done, total)
     if done.metrics["kept"] == 0:
         session.display.say(
-            f"[yellow]No learning signal: the {done.episodes} episodes of {label} ended alike in every group, so "
+            f"[yellow]No learning signal: the {done.episodes} episodes of {name} ended alike in every group, so "
             "nothing was learned. Check what the base checkpoint can do with `perennial evaluate`.[/yellow]"
         )
-    row = {"event": "iteration", "task": label, **place, "objective": objective, **played, **done.metrics}
+    row = {"event": "iteration", "task": name, **place, "objective": objective, **played, **done.metrics}
     session.folder.log("metrics", row)
     session.folder.log("timings", {"event": "iteration", **place, **seconds})
     iterations = [s.iterations for s in session.config.recipe]
@@ -182,8 +185,3 @@ def _film(session: Session, row: int, task: Task) -> None:
         episode = replace(evaluation_episodes(task, "id", 1, 0.0)[0], film=session.config.evaluation.film)
         played = session.workers.collect([episode])[0]
         video.encode(played.frames, target, fps=20)
-
-
-def _label(names: tuple[str, ...]) -> str:
-    """The task's name, or how many tasks are learned together."""
-    return names[0] if len(names) == 1 else f"{len(names)} tasks"

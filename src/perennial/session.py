@@ -131,6 +131,11 @@ def read_learned(policy: Policy, strategies: Strategies, folder: Path) -> None:
     strategies.load_state_dict(load_tensors(folder / "strategy.safetensors"), policy)
 
 
+def label(names: tuple[str, ...]) -> str:
+    """The task's name, or how many tasks are learned together."""
+    return names[0] if len(names) == 1 else f"{len(names)} tasks"
+
+
 def cells(config: Config, row: int) -> list[Cell]:
     """The cells of one row of the success matrix, in the order in which they are played."""
     return [

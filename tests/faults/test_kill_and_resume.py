@@ -18,6 +18,12 @@ ADAPTER = (
     "--strategies.replay.episodes=8",
     "--strategies.replay.capacity=16",
 )
+GATED = (
+    "--gate.max_forgetting=1",
+    "--gate.pairs=96",
+    "--strategies=toyhouse.harmful",
+    "--strategies.harmful.strength=30",
+)
 ALL_WEIGHTS = ("--policy.adapter=none", "--recipe=grpo,grpo", "--strategies=l2")
 ONE_WORKER = ("--workers.backend=process", "--workers.count=1")
 TWO_WORKERS = ("--workers.backend=process", "--workers.count=2")
@@ -67,13 +73,20 @@ def survive(start, folder, kills):
 
 # Points lie ever later in a run: in the base row, the first task, its end or second stage, its row, the second task.
 IN_THIS_PROCESS = ("evaluate:2", "update:2", "save:1", "rename:3", "evaluate:2", "save:2")
+# In the first gate; after it, in the commit that would have kept it; past it; in the second gate, at a smaller scale.
+IN_THE_GATE = ("gate:2", "save:2", "update:1", "gate:4")
 IN_A_WORKER = ("rollout:5", "update:1", "rename:3")
 
 
 @pytest.mark.parametrize(
     ("choices", "kills"),
-    [(ADAPTER, IN_THIS_PROCESS), (ALL_WEIGHTS, IN_THIS_PROCESS), ((*ADAPTER, *ONE_WORKER), IN_A_WORKER)],
-    ids=["adapter, EWC and replay", "all weights, two stages and L2", "a worker process"],
+    [
+        (ADAPTER, IN_THIS_PROCESS),
+        (ALL_WEIGHTS, IN_THIS_PROCESS),
+        (GATED, IN_THE_GATE),
+        ((*ADAPTER, *ONE_WORKER), IN_A_WORKER),
+    ],
+    ids=["adapter, EWC and replay", "all weights, two stages and L2", "a gate", "a worker process"],
 )
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(start, uninterrupted, tmp_path, choices, kills):
     codes = survive([*start, *choices], tmp_path / "run", kills)

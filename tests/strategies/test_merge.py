@@ -4,7 +4,8 @@ import torch
 
 from perennial.errors import PerennialError
 from perennial.randomness import stream
-from perennial.strategies.merge import Merge, average_factors
+from perennial.strategies._weights import average_factors
+from perennial.strategies.merge import Merge
 from strategies.worlds import TASKS, no_episodes, policy, shake
 
 

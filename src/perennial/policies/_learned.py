@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors.torch import load_file
+from torch import Tensor
+
 from perennial.policies._tensors import read_tensors, write_tensors
 from perennial.policies.base import Policy
 from perennial.policies.lora import is_wrapped, load_adapter, save_adapter
@@ -35,3 +38,17 @@ def load_learned(policy: Policy, folder: Path) -> None:
         load_adapter(policy, folder / "adapter")
     else:
         read_tensors(folder / WEIGHTS, policy.model)
+
+
+def learned_weights(policy: Policy) -> dict[str, Tensor]:
+    """Detached copies of the parameters that `save_learned` writes, by name: the adapter's, or all of them."""
+    adapter = is_wrapped(policy.model)
+    return {n: p.detach().clone() for n, p in policy.model.named_parameters() if not adapter or ".lora_" in n}
+
+
+def read_learned_weights(policy: Policy, folder: Path) -> dict[str, Tensor]:
+    """The parameters that `save_learned` wrote for a policy prepared in the same way; `policy` stays as it is."""
+    adapter = is_wrapped(policy.model)
+    stored = load_file(folder / "adapter" / "adapter_model.safetensors" if adapter else folder / WEIGHTS)
+    names = [name for name, _ in policy.model.named_parameters() if not adapter or ".lora_" in name]
+    return {name: stored[name.replace(".default.", ".")].to(policy.device) for name in names}

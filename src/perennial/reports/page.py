@@ -78,6 +78,7 @@ def _render(record: Record) -> str:
         warnings=warnings(record, figures),
         temperature=record.config["evaluation"]["temperature"],
         maps=[heat_map(record, variant, decoder) for variant, decoder in record.matrices],
+        gate=_gate(record),
         videos=_videos(record),
         curves=_learning_curves(record),
         diagnostics=_diagnostics(record),
@@ -166,6 +167,12 @@ def shown_rate(task: str, estimate: Mapping[str, float], just_taught: bool) -> d
         f"95\u00a0% interval {words.points(low)} to {words.points(high)}\u00a0%"
     )
     return {"just_taught": just_taught, "rate": rate, "low": low, "high": high, "n": episodes, "title": title}
+
+
+def _gate(record: Record) -> dict[str, Any]:
+    """The limit, and which held-out tasks were guarded."""
+    settings = record.config.get("gate", {"max_forgetting": None, "held_out": 0})
+    return {"max_forgetting": settings["max_forgetting"], "held_out": record.held_out[: settings["held_out"]]}
 
 
 def _videos(record: Record) -> list[dict[str, Any]]:

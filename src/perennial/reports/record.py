@@ -25,6 +25,7 @@ class Record:
         trained, held_out: names of the tasks, in order.
         matrices: (variant, decoder) -> the success matrix, cells missing where they are not evaluated yet.
         iterations: the iteration lines of metrics.jsonl.
+        gates: the lines of metrics.jsonl that say what the gate did, see `gating`.
         timings: the lines of timings.jsonl.
         videos: task -> row -> video file.
     """
@@ -36,6 +37,7 @@ class Record:
     held_out: tuple[str, ...]
     matrices: Mapping[tuple[str, str], SuccessMatrix]
     iterations: Sequence[Mapping[str, Any]]
+    gates: Sequence[Mapping[str, Any]]
     timings: Sequence[Mapping[str, Any]]
     videos: Mapping[str, Mapping[int, Path]]
 
@@ -133,6 +135,7 @@ def read(folder: Path) -> Record:
         held_out=held_out,
         matrices={(v, d): SuccessMatrix.from_run(run, d, v) for v, d in cases},
         iterations=[row for row in run.rows("metrics") if row.get("event") == "iteration"],
+        gates=[row for row in run.rows("metrics") if row.get("event") == "gate"],
         timings=run.rows("timings"),
         videos=videos,
     )

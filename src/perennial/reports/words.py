@@ -104,6 +104,31 @@ def forgotten(figures: Mapping[str, Any]) -> str:
     return sentence + _chance(forgetting)
 
 
+def gate(row: Mapping[str, Any]) -> list[str]:
+    """What the gate did after a task, from its line in the log: one sentence on the end, then one for each scale."""
+    kept = row["kept"]
+    end = {1: "kept the whole update", 0: "rolled the update back"}.get(kept, f"kept {kept:g} of the update")
+    limit = f"{points(row['max_forgetting']).removesuffix('.0')} points"
+    return [f"Gate after {row['task']}: {end}, as the guarded tasks may fall by {limit}."] + [
+        f"  {_tried(trial)}" for trial in row["trials"]
+    ]
+
+
+def _tried(trial: Mapping[str, Any]) -> str:
+    worst = max(trial["drops"], key=trial["drops"].get)
+    basis = "shown" if trial["shown"] else "measured, but not shown,"
+    return (
+        f"Scale {trial['scale']:g} {'passed' if trial['passed'] else 'failed'}, {basis} after "
+        f"{count(trial['pairs'], 'pair')} of episodes: success {_changed(trial['drop'])} on average "
+        f"(drop {points(trial['low'], True)} to {points(trial['high'], True)}), on {worst} it "
+        f"{_changed(trial['drops'][worst])}."
+    )
+
+
+def _changed(drop: float) -> str:
+    return f"{'fell' if drop > 0 else 'rose'} by {points(abs(drop))} points" if round(drop, 1) else "stayed"
+
+
 def untaught(figures: Mapping[str, Any], tasks: int) -> str:
     """What is still done untaught."""
     level, gain = figures["zs"], figures["zs_gain"]

@@ -1,8 +1,8 @@
-"""Copies of what learns, looking through them for a moment, and naming them in a state."""
+"""Copies of what learns, looking through them for a moment, going part of the way, and naming them in a state."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -40,6 +40,43 @@ def restore(policy: Policy, weights: Mapping[str, Tensor]) -> None:
     parameters = dict(policy.model.named_parameters())
     for name, value in weights.items():
         parameters[name].copy_(value)
+
+
+def between(old: Mapping[str, Tensor], new: Mapping[str, Tensor], weight: Callable[[str], float]) -> dict[str, Tensor]:
+    """The weights that lie `weight(name)` of the way from `old` to `new`: exactly `old` at 0, exactly `new` at 1.
+
+    Of an adapter it is the effective update B A that lies there, as near as an adapter of its rank can come. What only
+    one of the two knows is left out.
+    """
+    found: dict[str, Tensor] = {}
+    for name in [name for name in new if name in old]:
+        if ".lora_A." in name:
+            up = name.replace(".lora_A.", ".lora_B.")
+            found[up], found[name] = average_factors((old[up], old[name]), (new[up], new[name]), weight(name))
+        elif ".lora_" not in name:
+            found[name] = torch.lerp(old[name].float(), new[name].float(), weight(name))
+    return found
+
+
+def average_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], alpha: float) -> tuple[Tensor, Tensor]:
+    """B [out, r] and A [r, in] whose product is nearest to (1 - alpha) B_old A_old + alpha B_new A_new.
+
+    Nearest in the Frobenius norm, by the singular values of the small core between two QR decompositions. The rows of
+    A keep the size that those of the new A have on average, so that directions which B leaves empty can still learn.
+    """
+    (b_old, a_old), (b_new, a_new) = old, new
+    if alpha in (0, 1):
+        return new if alpha else old
+    rank = len(a_new)
+    b, core_b = torch.linalg.qr(torch.cat([(1 - alpha) * b_old, alpha * b_new], dim=1).double())
+    a, core_a = torch.linalg.qr(torch.cat([a_old, a_new]).double().T)
+    u, singular, v = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
+    size = a_new.double().norm() / rank**0.5
+    up, down = torch.zeros_like(b_new), torch.zeros_like(a_new)
+    kept = min(rank, len(singular))
+    up[:, :kept] = (b @ u[:, :kept] * singular[:kept] / size).to(up.dtype)
+    down[:kept] = (v[:kept] @ a.T * size).to(down.dtype)
+    return up, down
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

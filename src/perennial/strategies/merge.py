@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError
 from perennial.policies.base import Policy
 from perennial.policies.lora import base_name
-from perennial.strategies._weights import prefixed, restore, snapshot, unprefixed
+from perennial.strategies._weights import between, prefixed, restore, snapshot, unprefixed
 from perennial.strategies.base import Collect, Strategy
 from perennial.suites.base import Task
 
@@ -54,18 +53,12 @@ class Merge(Strategy):
         """Average, so that the next task starts from there."""
         learned = snapshot(policy)
         group_of = {name: group for group, names in policy.groups.items() for name in names}
-        merged: dict[str, Tensor] = {}
-        for name in [name for name in learned if name in self.start]:
+
+        def weight(name: str) -> float:
             own: float | None = getattr(self, group_of[base_name(name)])
-            alpha = self.alpha if own is None else own
-            if ".lora_A." in name:
-                up = name.replace(".lora_A.", ".lora_B.")
-                merged[up], merged[name] = average_factors(
-                    (self.start[up], self.start[name]), (learned[up], learned[name]), alpha
-                )
-            elif ".lora_" not in name:
-                merged[name] = torch.lerp(self.start[name].float(), learned[name].float(), alpha)
-        restore(policy, merged)
+            return self.alpha if own is None else own
+
+        restore(policy, between(self.start, learned, weight))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights that the present task started from."""
@@ -74,24 +67,3 @@ class Merge(Strategy):
     def load_state_dict(self, state: Mapping[str, Tensor], policy: Policy) -> None:
         """Restore what `state_dict` gave."""
         self.start = unprefixed("start", state, policy.device)
-
-
-def average_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], alpha: float) -> tuple[Tensor, Tensor]:
-    """B [out, r] and A [r, in] whose product is nearest to (1 - alpha) B_old A_old + alpha B_new A_new.
-
-    Nearest in the Frobenius norm, by the singular values of the small core between two QR decompositions. The rows of
-    A keep the size that those of the new A have on average, so that directions which B leaves empty can still learn.
-    """
-    (b_old, a_old), (b_new, a_new) = old, new
-    if alpha in (0, 1):
-        return new if alpha else old
-    rank = len(a_new)
-    b, core_b = torch.linalg.qr(torch.cat([(1 - alpha) * b_old, alpha * b_new], dim=1).double())
-    a, core_a = torch.linalg.qr(torch.cat([a_old, a_new]).double().T)
-    u, singular, v = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
-    size = a_new.double().norm() / rank**0.5
-    up, down = torch.zeros_like(b_new), torch.zeros_like(a_new)
-    kept = min(rank, len(singular))
-    up[:, :kept] = (b @ u[:, :kept] * singular[:kept] / size).to(up.dtype)
-    down[:kept] = (v[:kept] @ a.T * size).to(down.dtype)
-    return up, down

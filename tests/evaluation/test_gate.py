@@ -1,0 +1,134 @@
+"""The gate on policies whose outcomes are drawn from known probabilities."""
+
+from functools import cache
+
+import numpy as np
+
+from perennial.evaluation.gate import BLOCK, Gate, decide, judge
+
+GATE = Gate(max_forgetting=10)
+
+
+def policies(old, new, seed=0, same=0.0):
+    """Successes by chance; `old` and `new` are rates by task, at scales in between in proportion.
+
+    With probability `same` an episode ends alike whatever the weights.
+    """
+    old, new = np.atleast_1d(old), np.atleast_1d(new)
+    asked = []
+
+    @cache
+    def luck(number):
+        rng = np.random.default_rng([seed, number])
+        return rng.random(len(old)) < same, rng.random(len(old)), rng.random((5, len(old)))
+
+    def play(scale, rounds):
+        asked.append((scale, rounds))
+        rates = old + scale * (new - old)
+        found = []
+        for number in rounds:
+            alike, shared, own = luck(number)
+            found.append(np.where(alike, shared < old, own[round(4 * scale)] < rates))
+        return np.array(found)
+
+    return play, asked
+
+
+def test_weights_that_act_alike_pass_as_soon_as_the_margin_allows():
+    def play(scale, rounds):
+        return np.ones((len(rounds), 2), bool)
+
+    (trial,) = judge(GATE, 2, play)
+    assert (trial.scale, trial.passed, trial.shown, trial.drop, trial.drops) == (1, True, True, 0, (0, 0))
+    assert trial.pairs <= 64
+    assert trial.low < 0 < trial.high
+    (trial,) = judge(Gate(max_forgetting=3), 2, play)
+    assert (trial.passed, trial.shown) == (True, True)
+    assert trial.pairs == 192
+
+
+def test_a_collapse_is_seen_in_the_first_block_or_two():
+    play, asked = policies([0.9, 0.8], [0.1, 0.0])
+    trials = judge(GATE, 2, play)
+    assert (trials[0].passed, trials[0].shown) == (False, True)
+    assert trials[0].pairs <= 2 * BLOCK
+    assert trials[0].low > 0.1
+    # Each old episode is played once, although four scales were tried.
+    old = [number for scale, rounds in asked if scale == 0 for number in rounds]
+    assert old == list(range(len(old)))
+
+
+def test_the_largest_scale_that_passes_is_taken():
+    def play(scale, rounds):
+        return np.full((len(rounds), 3), scale <= 0.5)
+
+    trials = judge(Gate(max_forgetting=5, scales=(0.25, 0.5, 0.75)), 3, play)
+    assert [(t.scale, t.passed) for t in trials] == [(1, False), (0.75, False), (0.5, True)]
+
+
+def test_nothing_passes_where_the_smallest_scale_destroys():
+    trials = judge(GATE, 1, lambda scale, rounds: np.full((len(rounds), 1), scale == 0))
+    assert [(t.scale, t.passed) for t in trials] == [(1, False), (0.75, False), (0.5, False), (0.25, False)]
+
+
+def test_one_task_may_not_collapse_behind_a_mean_that_holds():
+    """Ten tasks, one of them lost: a drop of 9.5 points on average, of 95 on one."""
+    old, new = np.full(10, 0.95), np.full(10, 0.95)
+    new[3] = 0.0
+    play, _ = policies(old, new, same=1.0)
+
+    def lost(scale, rounds):
+        found = play(scale, rounds)
+        found[:, 3] &= scale == 0
+        return found
+
+    (trial,) = judge(Gate(max_forgetting=15, scales=()), 10, lost)
+    assert (trial.passed, trial.shown) == (False, True)
+    assert trial.drops[3] > 0.9
+    assert trial.drop < 0.15
+
+
+def test_at_the_cap_the_measured_drops_decide():
+    gate = Gate(max_forgetting=10, max_task_forgetting=20)
+    same = np.zeros((30, 2), int)
+    for fell, passes in ((2, True), (3, True), (4, True)):
+        differences = same.copy()
+        differences[:fell, 0] = 1
+        assert decide(gate, differences, 0.05, last=True)[0] == passes
+    differences = same.copy()
+    differences[:7, 0] = 1  # 7 of 60 are above 10 points, 7 of 30 above 20
+    assert decide(gate, differences, 0.05, last=True) == (False, False)
+    assert decide(gate, differences, 0.05, last=False) is None
+    differences[6, 0] = 0  # 6 of 60 and 6 of 30 are exactly at both margins
+    assert decide(gate, differences, 0.05, last=True) == (True, False)
+
+
+def errors(drop, runs, gate, same):
+    """Shares of runs that were shown to be safe, shown to fall, and carried on; and the mean number of pairs."""
+    change = drop / (1 - same)
+    play_of = (policies([0.7, 0.5], [0.7 - change, 0.5 - change], seed, same)[0] for seed in range(runs))
+    trials = [judge(gate, 2, play)[0] for play in play_of]
+    shown = [(t.passed, t.shown) for t in trials]
+    carried_on = sum(t.passed for t in trials)
+    pairs = np.mean([t.pairs for t in trials])
+    return shown.count((True, True)) / runs, shown.count((False, True)) / runs, carried_on / runs, pairs
+
+
+def test_the_error_rates_are_kept():
+    """150 runs at the margin: neither conclusion may be shown more often than promised, however often one looks."""
+    gate = Gate(max_forgetting=10, scales=(), pairs=300)
+    safe, fell, _, _ = errors(0.1, 150, gate, same=0.5)
+    assert safe <= gate.alpha / 2
+    assert fell <= gate.beta
+
+
+def test_clear_cases_end_early_and_well():
+    gate = Gate(max_forgetting=10, scales=())
+    safe, _, carried_on, pairs = errors(0.0, 60, gate, same=0.9)
+    assert safe > 0.9
+    assert carried_on == 1
+    assert pairs < 130
+    _, fell, carried_on, pairs = errors(0.45, 60, gate, same=0.0)
+    assert fell == 1
+    assert carried_on == 0
+    assert pairs < 70
