@@ -224,7 +224,18 @@ def _check_tasks(tasks: Tasks) -> None:
             raise PerennialError(f"The task {name!r} is listed twice among trained and held-out tasks; keep it once.")
 
 
-NON_NEGATIVE = {"seed", "count", "film", "held_out", "clip_low", "clip_high", "weight_decay", "warmup_steps"}
+NON_NEGATIVE = {
+    "seed",
+    "count",
+    "film",
+    "held_out",
+    "clip_low",
+    "clip_high",
+    "weight_decay",
+    "warmup_steps",
+    "decay_steps",
+    "final_learning_rate",
+}
 """Numbers that may be 0; every other number of a configuration must be above 0."""
 
 

@@ -4,7 +4,7 @@ import torch
 
 from perennial.errors import PerennialError
 from perennial.learning.base import gradient_step
-from perennial.learning.optimizer import AdamWConfig, build_optimizer, set_learning_rate
+from perennial.learning.optimizer import AdamWConfig, build_optimizer, height, set_learning_rate
 from perennial.policies.lora import set_trainable
 from perennial.strategies._composition import Strategies
 from perennial.strategies.base import ParameterGroup, Strategy
@@ -46,6 +46,16 @@ def test_without_warm_up_the_first_step_has_the_full_rate():
     optimizer = build_optimizer(ToyPolicy(), Strategies(), config)
     set_learning_rate(optimizer, config)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5]
+
+
+def test_the_cosine_begins_after_the_warm_up_and_ends_at_the_final_rate():
+    config = AdamWConfig(learning_rate=2.0, warmup_steps=4, decay_steps=12, final_learning_rate=0.5)
+    found = [2.0 * height(config, step) for step in range(20)]
+    np.testing.assert_allclose(found[:5], [0.5, 1.0, 1.5, 2.0, 2.0])
+    np.testing.assert_allclose(found[6], 0.5 + 1.5 * (1 + 2**-0.5) / 2)  # a quarter of the way
+    np.testing.assert_allclose(found[8], 1.25)
+    np.testing.assert_allclose(found[12:], 0.5)
+    np.testing.assert_array_less(found[5:13], found[4:12])
 
 
 def test_the_warm_up_goes_on_after_the_optimiser_was_restored():

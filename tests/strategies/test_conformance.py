@@ -3,6 +3,7 @@ import pytest
 from perennial import discovery
 from perennial.strategies.base import Strategy
 from perennial.strategies.dark_replay import DarkReplay
+from perennial.strategies.ema import EMA
 from perennial.strategies.ewc import EWC
 from perennial.strategies.expansion import Expansion
 from perennial.strategies.kl_anchor import KLAnchor
@@ -28,9 +29,11 @@ CASES = {
     "dark_replay ++": lambda: DarkReplay(coefficient=0.5, label_coefficient=0.2, **SMALL),
     "dark_replay ut2026": lambda: DarkReplay(coefficient=0.5, variant="ut2026", **SMALL),
     "slca": SLCA,
+    "ema": lambda: EMA(decay=0.7),
     "merge": lambda: Merge(alpha=0.7, language=0.2),
     "expansion": Expansion,
     "expansion last": lambda: Expansion(held_out="last"),
+    "expansion nearest": lambda: Expansion(held_out="nearest"),
 }
 
 

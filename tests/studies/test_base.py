@@ -38,13 +38,17 @@ def test_the_printed_command_gives_the_same_run():
     assert typed == dataclasses.replace(entry.config(), policy=dataclasses.replace(typed.policy, checkpoint="base"))
 
 
-def test_a_runs_identity_is_what_decides_its_result():
+def test_a_run_is_recognised_by_what_decides_its_result():
     entry = Entry(STUDY, "l2", "given", 0)
-    other_workers = dataclasses.replace(STUDY, overrides={**STUDY.overrides, "workers.count": "3"})
-    other_budget = dataclasses.replace(STUDY, overrides={**STUDY.overrides, "recipe.grpo.iterations": "3"})
-    assert Entry(other_workers, "l2", "given", 0).identity == entry.identity
-    assert Entry(other_budget, "l2", "given", 0).identity != entry.identity
-    assert Entry(STUDY, "l2", "given", 1).identity != entry.identity
+    found = config.to_json(entry.config())
+    assert entry.matches(found | {"workers": {"backend": "process", "count": 7}, "description": "another"})
+    older = {**found, "recipe": [{k: v for k, v in found["recipe"][0].items() if k != "clip_low"}]}
+    assert entry.matches(older)  # made before this setting existed
+    assert not entry.matches({**found, "recipe": [found["recipe"][0] | {"iterations": 3}]})
+    assert not entry.matches({**found, "recipe": [found["recipe"][0] | {"gone": 3}]})
+    assert not entry.matches({**found, "recipe": found["recipe"] * 2})
+    assert not Entry(STUDY, "l2", "given", 1).matches(found)
+    assert not Entry(STUDY, "sequential", "given", 0).matches(found)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_an_interrupted_study_goes_on_and_ends_with_the_same_numbers(done, tmp_p
     said, _ = again.communicate(timeout=240)
     assert again.returncode == 0, said
     one, two = (json.loads((f / "results" / "l2" / "seed0.json").read_text()) for f in (done, folder))
-    for key in ("matrices", "training", "identity", "command"):
+    for key in ("matrices", "training", "config", "command"):
         assert one[key] == two[key]
 
 
@@ -129,7 +129,7 @@ def test_a_result_made_with_other_settings_is_not_taken_for_this_one(done, tmp_p
     place = _results.path(tmp_path, entry)
     place.parent.mkdir(parents=True)
     content = json.loads(_results.path(done, entry).read_text())
-    place.write_text(json.dumps(content | {"identity": "0"}))
+    place.write_text(json.dumps(content | {"config": content["config"] | {"seed": 3}}))
     with pytest.raises(PerennialError, match="other settings"):
         _results.has(tmp_path, entry)
     place.write_text("{")

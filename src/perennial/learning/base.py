@@ -116,4 +116,5 @@ def gradient_step(
         )
     set_learning_rate(optimizer, config)
     optimizer.step()
+    strategies.after_step(policy)
     return metrics

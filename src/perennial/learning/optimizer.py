@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ class AdamWConfig:
         learning_rate: of a parameter group with scale 1, reached after the warm-up.
         betas, eps, weight_decay: of AdamW.
         warmup_steps: optimiser steps over which the learning rate rises linearly from 0.
+        decay_steps: optimiser step, counted from the start, at which a cosine that begins after the warm-up has taken
+            the learning rate to `final_learning_rate`, where it stays; 0 keeps it constant.
+        final_learning_rate: see `decay_steps`.
         max_grad_norm: gradients are scaled down to this global norm.
         micro_batch: rows in one forward and backward pass.
     """
@@ -29,6 +33,8 @@ class AdamWConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     warmup_steps: int = 12
+    decay_steps: int = 0
+    final_learning_rate: float = 0.0
     max_grad_norm: float = 1.0
     micro_batch: int = 256
 
@@ -60,6 +66,14 @@ def build_optimizer(policy: Policy, strategies: Strategies, config: AdamWConfig)
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: AdamWConfig) -> None:
     """Set every group's learning rate for the step about to be made, counted from the optimiser's own state."""
     steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
-    warmth = min(1.0, (steps + 1) / max(1, config.warmup_steps))
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * group["scale"] * warmth
+        group["lr"] = config.learning_rate * group["scale"] * height(config, steps)
+
+
+def height(config: AdamWConfig, steps: int) -> float:
+    """The learning rate of the step that follows `steps` steps, as a share of the highest."""
+    if steps < config.warmup_steps or config.decay_steps == 0:
+        return min(1.0, (steps + 1) / max(1, config.warmup_steps))
+    progress = min(1.0, (steps - config.warmup_steps) / max(1, config.decay_steps - config.warmup_steps))
+    final = config.final_learning_rate / config.learning_rate
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on demonstrations of the task at hand: the ablation of on-policy learning."""
+"""Supervised fine-tuning on demonstrations of the task at hand, alone or mixed with those that the base was made of."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from perennial.demonstrations.dataset import load, to_batch
 from perennial.errors import PerennialError
 from perennial.learning.base import Metrics, Objective, gradient_step
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Policy, concatenate
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.strategies._composition import Strategies
@@ -24,21 +24,34 @@ from perennial.suites.base import Task
 
 @dataclass(frozen=True)
 class SFT(Objective):
-    """Behaviour cloning.
+    """Behaviour cloning; with pretraining data mixed in, the co-fine-tuning of RETAIN (arXiv 2512.08333).
+
+    Images and actions are normalised by the base's own statistics in both cases.
 
     Attributes:
         demonstrations: folder that `perennial demos` wrote, with all trained tasks in it.
+        pretraining: another such folder, all of whose tasks are mixed in, in proportion to their decisions; none if "".
+        target_share: expected share of the task at hand in a step, where there is pretraining data, in (0, 1].
         steps: gradient steps per iteration.
         batch_size: decisions in a step.
     """
 
     name: ClassVar[str] = "sft"
     demonstrations: str = "demonstrations"
+    pretraining: str = ""
+    target_share: float = 0.5
     steps: int = 8
     batch_size: int = 256
 
     def check(self, tasks: Sequence[str]) -> None:
-        """Every task has been demonstrated."""
+        """Every task has been demonstrated, and the mix can be made."""
+        if self.target_share > 1:
+            raise PerennialError(f"--recipe.sft.target-share is {self.target_share}; it must be at most 1.")
+        if self.pretraining and not any(Path(self.pretraining).glob("*/*.safetensors")):
+            raise PerennialError(
+                f"There is no demonstration in {self.pretraining!r}; record some by `perennial demos "
+                f"{self.pretraining}`, or set --recipe.sft.pretraining."
+            )
         for task in tasks:
             if not any(Path(self.demonstrations, task).glob("*.safetensors")):
                 raise PerennialError(
@@ -61,20 +74,21 @@ class SFT(Objective):
     ) -> Metrics:
         """`steps` steps on decisions drawn with replacement."""
         names = tuple(task.name for task in tasks)
-        batch = _demonstrated(Path(self.demonstrations), names, policy)
+        target = _demonstrated(Path(self.demonstrations), names, policy)
+        other = _demonstrated(Path(self.pretraining), None, policy) if self.pretraining else None
         taken = [
-            gradient_step(
-                policy,
-                batch.take(rng.integers(len(batch), size=self.batch_size)),
-                self.loss,
-                strategies,
-                optimizer,
-                self.optimizer,
-                rng,
-            )
+            gradient_step(policy, self.draw(target, other, rng), self.loss, strategies, optimizer, self.optimizer, rng)
             for _ in range(self.steps)
         ]
         return {name: float(np.mean([step[name] for step in taken])) for name in taken[0]} | {"kept": 1.0}
+
+    def draw(self, target: Batch, other: Batch | None, rng: np.random.Generator) -> Batch:
+        """`batch_size` decisions drawn with replacement, each from `target` with probability `target_share`."""
+        if other is None:
+            return target.take(rng.integers(len(target), size=self.batch_size))
+        count = int(rng.binomial(self.batch_size, self.target_share))
+        rows = rng.integers(len(target), size=count), rng.integers(len(other), size=self.batch_size - count)
+        return concatenate([target.take(rows[0]), other.take(rows[1])])
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         """Each row's imitation loss, summed with weight 1 / batch_size."""
@@ -82,6 +96,6 @@ class SFT(Objective):
 
 
 @functools.lru_cache(maxsize=4)
-def _demonstrated(folder: Path, names: tuple[str, ...], policy: Policy) -> Batch:
-    """All decisions of the demonstrations of some tasks."""
+def _demonstrated(folder: Path, names: tuple[str, ...] | None, policy: Policy) -> Batch:
+    """All decisions of the demonstrations of some tasks, None for all that the folder holds."""
     return to_batch(load(folder, names), policy)

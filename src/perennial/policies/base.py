@@ -90,6 +90,21 @@ class Batch:
         return replace(self, observation=self.observation.take(rows), **arrays)
 
 
+def concatenate(batches: Sequence[Batch]) -> Batch:
+    """All rows in order; of the optional fields only the logits are kept, if all have them."""
+    logits = [batch.logits for batch in batches if batch.logits is not None]
+    return Batch(
+        observation=Observation(
+            np.concatenate([batch.observation.images for batch in batches]),
+            tuple(sentence for batch in batches for sentence in batch.observation.instructions),
+            np.concatenate([batch.observation.states for batch in batches]),
+        ),
+        sample=np.concatenate([batch.sample for batch in batches]),
+        mask=np.concatenate([batch.mask for batch in batches]),
+        logits=np.concatenate(logits) if len(logits) == len(batches) else None,
+    )
+
+
 class Policy(ABC):
     """A vision-language-action policy that owns its processor: images and words in, environment actions out.
 

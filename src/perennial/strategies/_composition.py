@@ -48,6 +48,11 @@ class Strategies:
         losses = [m.replay_loss(policy, b) for m in self.members if (b := m.replay(rng, size)) is not None and len(b)]
         return sum(losses[1:], losses[0]) if losses else None
 
+    def after_step(self, policy: Policy) -> None:
+        """See `Strategy.after_step`."""
+        for member in self.members:
+            member.after_step(policy)
+
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """See `Strategy.after_task`."""
         for member in self.members:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.policies.base import Batch, Observation
+from perennial.policies.base import Batch, Observation, concatenate
 
 
 def draw(memories: Sequence[Batch], rng: np.random.Generator, size: int) -> Batch:
@@ -21,21 +21,6 @@ def draw(memories: Sequence[Batch], rng: np.random.Generator, size: int) -> Batc
         parts.append(memory.take(rows[(rows >= first) & (rows < first + len(memory))] - first))
         first += len(memory)
     return concatenate(parts)
-
-
-def concatenate(batches: Sequence[Batch]) -> Batch:
-    """All rows in order; of the optional fields only the logits are kept, if all have them."""
-    logits = [batch.logits for batch in batches if batch.logits is not None]
-    return Batch(
-        observation=Observation(
-            np.concatenate([batch.observation.images for batch in batches]),
-            tuple(sentence for batch in batches for sentence in batch.observation.instructions),
-            np.concatenate([batch.observation.states for batch in batches]),
-        ),
-        sample=np.concatenate([batch.sample for batch in batches]),
-        mask=np.concatenate([batch.mask for batch in batches]),
-        logits=np.concatenate(logits) if len(logits) == len(batches) else None,
-    )
 
 
 def to_tensors(batch: Batch) -> dict[str, Tensor]:

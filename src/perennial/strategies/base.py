@@ -59,6 +59,9 @@ class Strategy:
         """The scalar loss of a replayed batch, coefficient included."""
         return policy.imitation_loss(batch).mean()
 
+    def after_step(self, policy: Policy) -> None:
+        """Called after every optimiser step."""
+
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Called once after the last stage of `task`: estimate a Fisher, fill a buffer, merge."""
 

@@ -22,8 +22,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 import perennial
-from perennial import config as configuration
-from perennial import overrides
 from perennial.display import ONE_LINE, Remaining
 from perennial.doctor import describe_machine
 from perennial.errors import PerennialError
@@ -160,15 +158,11 @@ def _start(folder: Path, entry: Entry, core: int, progress: Progress) -> _Job:
 
 def _check_same(run: Path, folder: Path, entry: Entry) -> None:
     """See that the unfinished run in `run` is the one that `entry` stands for."""
-    filled = {key: value.replace(FOLDER, str(folder.absolute())) for key, value in entry.overrides.items()}
-    wanted = configuration.to_json(overrides.apply(configuration.preset(entry.study.preset), filled))
-    found = RunFolder.open(run).header["config"]
-    for key in wanted:
-        if key not in ("workers", "description") and found.get(key) != wanted[key]:
-            raise PerennialError(
-                f"The run in {run} was started with another {key!r} than {entry.name!r} has in this study; "
-                "move it away to start it again."
-            )
+    if not entry.matches(_results.without_place(RunFolder.open(run).header["config"], folder)):
+        raise PerennialError(
+            f"The run in {run} was started with other settings than {entry.name!r} has in this study; "
+            "move it away to start it again."
+        )
 
 
 def _finished(job: _Job) -> tuple[int | None, int]:

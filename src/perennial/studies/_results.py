@@ -56,11 +56,10 @@ def write(folder: Path, entry: Entry, study: str, peak_bytes: int) -> None:
         "method": entry.method,
         "order": entry.order,
         "seed": entry.seed,
-        "identity": entry.identity,
         "command": entry.command(),
         "perennial": record.run["perennial"],
         "environment": record.run["environment"],
-        "config": json.loads(json.dumps(record.config).replace(str(folder.absolute()), FOLDER)),
+        "config": without_place(record.config, folder),
         "cost": _cost(record) | {"peak_bytes": peak_bytes, "kept_bytes": _kept_bytes(run)},
         "training": [
             [round(success, 4) for _, success in record.success_curve(phase)] for phase in range(len(record.phases))
@@ -82,13 +81,18 @@ def has(folder: Path, entry: Entry) -> bool:
     place = path(folder, entry)
     if not place.exists():
         return False
-    found = load(place)
-    if found.content["identity"] != entry.identity:
+    if not entry.matches(load(place).content["config"]):
         raise PerennialError(
             f"{place} was made with other settings than {entry.method!r} has in this study; "
             "move it away to make it again, or choose another folder."
         )
     return True
+
+
+def without_place(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration of a run with `{folder}` for the study's folder."""
+    text: dict[str, Any] = json.loads(json.dumps(config).replace(str(folder.absolute()), FOLDER))
+    return text
 
 
 def load(place: Path) -> Result:

@@ -6,8 +6,6 @@ overrides, so each number of a study can be made again by one command.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,12 +122,21 @@ class Entry:
         """The run as a person would type it in the study's folder."""
         return shlex.join(["perennial", *(part.replace(f"{FOLDER}/", "") for part in self.arguments(Path(FOLDER)))])
 
-    @cached_property
-    def identity(self) -> str:
-        """SHA-256 of all that decides the result: the configuration but for the workers that play it."""
-        content: dict[str, Any] = configuration.to_json(self.config())
-        del content["workers"], content["description"]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    def matches(self, found: Mapping[str, Any]) -> bool:
+        """Whether a run with the configuration `found`, `{folder}` left in, is this one, whatever workers played it.
+
+        Settings that Perennial did not have when the run was made do not count.
+        """
+        wanted = configuration.to_json(self.config())
+        return all(_agree(found[key], wanted.get(key)) for key in found if key not in ("workers", "description"))
+
+
+def _agree(found: Any, wanted: Any) -> bool:
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        return all(key in wanted and _agree(found[key], wanted[key]) for key in found)
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_agree, found, wanted))
+    return bool(found == wanted)
 
 
 def find(name: str) -> Study:

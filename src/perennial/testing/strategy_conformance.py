@@ -77,6 +77,7 @@ class Run:
             loss = loss if penalty is None else loss + penalty * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        self.strategies.after_step(self.policy)
         optimizer.zero_grad()
 
     def loss(self, batch: Batch) -> Tensor:

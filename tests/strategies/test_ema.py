@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from perennial.errors import PerennialError
+from perennial.strategies._composition import Strategies
+from perennial.strategies.ema import EMA
+from perennial.strategies.merge import Merge
+from strategies.worlds import TASKS, no_episodes, policy, shake
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_task_ends_with_the_moving_average_of_its_weights(adapter):
+    learner, strategy = policy(adapter), EMA(decay=0.75)
+    strategy.before_task(TASKS["left"], learner)
+    expected = {name: p.detach().double().clone() for name, p in learner.trainable().items()}
+    for seed in range(5):
+        shake(learner, seed)
+        strategy.after_step(learner)
+        expected = {n: 0.75 * expected[n] + 0.25 * p.detach().double() for n, p in learner.trainable().items()}
+    strategy.after_task(TASKS["left"], learner, no_episodes)
+    for name, parameter in learner.trainable().items():
+        torch.testing.assert_close(parameter.detach().double(), expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_merging_after_averaging_merges_the_average():
+    learner, averaged = policy(), policy()
+    start = {name: p.detach().clone() for name, p in learner.trainable().items()}
+    both = Strategies((EMA(decay=0.5), Merge(alpha=0.25)))
+    both.before_task(TASKS["left"], learner)
+    shake(learner, 3)
+    shake(averaged, 3)
+    both.after_step(learner)
+    both.after_task(TASKS["left"], learner, no_episodes)
+    for name, parameter in learner.trainable().items():
+        moved = averaged.trainable()[name] - start[name]
+        torch.testing.assert_close(parameter, start[name] + 0.125 * moved)
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1])
+def test_a_decay_that_keeps_nothing_new_is_refused(decay):
+    with pytest.raises(PerennialError, match=rf"ema.decay is {decay}"):
+        EMA(decay=decay)
