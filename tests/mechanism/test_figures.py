@@ -220,12 +220,17 @@ def test_every_parameter_may_have_learned(config, tmp_path, capsys):
     assert "never taught" not in (tmp_path / "page.html").read_text(encoding="utf-8").casefold()
 
 
-def test_the_strategy_chooses_what_is_scaled(config, tmp_path, capsys):
+def test_the_strategy_chooses_what_is_scaled(config, tmp_path, capsys, monkeypatch):
     """With an adapter for each task and the base for the others, held-out tasks do not change at any scale."""
     run = start(replace(config, strategies=(Expansion(),)), tmp_path / "expansion")
+    seen = []
+    monkeypatch.setattr(InlineWorkers, "broadcast", lambda self, weights: seen.append(dict(weights)))
     figures = measure(run, tmp_path, capsys, "--scales", "0,1")
-    base, final = figures["scales"]
-    assert base["held_out"] == final["held_out"]
+    left, right, untaught = (sent["head.weight"] for sent in seen[-3:])  # at scale 1
+    base = ToyPolicy(0).model.head.weight
+    assert torch.equal(untaught, base)
+    assert not torch.equal(left, base)
+    assert not torch.equal(left, right)
     first, second = (row["kl"]["tasks"] for row in figures["rows"])
     assert first["up-left"] == second["up-left"] == {"forward": 0, "reverse": 0}
     assert first["left"] == second["left"] != {"forward": 0, "reverse": 0}
