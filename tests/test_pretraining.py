@@ -5,7 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from perennial import cli, pretraining
+from perennial import commands, pretraining
 from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
 from perennial.storage.atomic import verify
@@ -22,7 +22,9 @@ def demonstrations(tmp_path_factory):
 
 
 def options(demonstrations, out, **changes):
-    return cli.Pretrain(demonstrations, out, **{"steps": 3, "batch_size": 8, "suite": TOY, "policy": TOY, **changes})
+    return commands.Pretrain(
+        demonstrations, out, **{"steps": 3, "batch_size": 8, "suite": TOY, "policy": TOY, **changes}
+    )
 
 
 def test_a_checkpoint_that_cannot_be_measured_is_kept(demonstrations, tmp_path, monkeypatch):

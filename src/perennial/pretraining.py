@@ -29,7 +29,7 @@ from perennial.storage.atomic import commit_folder
 from perennial.suites.base import Suite
 
 if TYPE_CHECKING:
-    from perennial.cli import Pretrain
+    from perennial.commands import Pretrain
 
 SHIFT = 2
 """Images are shifted by up to this many pixels in each direction while training."""

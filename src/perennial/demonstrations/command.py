@@ -14,7 +14,7 @@ from perennial.errors import PerennialError, unknown
 from perennial.suites.base import Suite
 
 if TYPE_CHECKING:
-    from perennial.cli import Demos
+    from perennial.commands import Demos
 
 
 def record(options: Demos, console: Console) -> None:

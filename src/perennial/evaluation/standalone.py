@@ -26,7 +26,7 @@ from perennial.strategies._composition import Strategies
 from perennial.suites.base import Suite
 
 if TYPE_CHECKING:
-    from perennial.cli import Evaluate
+    from perennial.commands import Evaluate
 
 
 def evaluate(options: Evaluate, console: Console) -> None:

@@ -20,7 +20,7 @@ from perennial.storage import atomic
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from perennial.cli import Mechanism
+    from perennial.commands import Mechanism
 
 SETS = {"taught": "taught tasks", "held_out": "never taught"}
 

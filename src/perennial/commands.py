@@ -1,0 +1,338 @@
+"""The commands of the command line, each one small dataclass; heavy modules are imported only when a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from tyro.conf import Positional
+
+from perennial import discovery
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Run:
+    """Start a run: teach the preset's tasks in a row and measure what was learned and forgotten."""
+
+    preset: Positional[str]
+    """Name of a preset, see `perennial list presets`."""
+    run_dir: Path | None = None
+    """Folder of the run, by default runs/<preset>-seed<seed>."""
+    dry_run: bool = False
+    """Check and print the configuration, then stop."""
+
+    def __call__(self, overrides: dict[str, str]) -> None:
+        """Resolve the configuration and run it."""
+        from perennial import config as configuration
+        from perennial import experiment
+        from perennial import overrides as dotted
+
+        config = dotted.apply(configuration.preset(self.preset), overrides)
+        configuration.validate(config)
+        if self.dry_run:
+            console.print_json(json.dumps(configuration.to_json(config)))
+            return
+        experiment.start(config, self.preset, self.run_dir)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Continue an interrupted run exactly where its last commit left it."""
+
+    run: Positional[Path]
+    """Folder of the run."""
+
+    def __call__(self) -> None:
+        """Resume."""
+        from perennial import experiment
+
+        experiment.resume(self.run)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate a run's adapter, or a bare checkpoint, on tasks of a suite."""
+
+    run: Positional[Path]
+    """Folder of a run, or of a base checkpoint."""
+    tasks: tuple[str, ...] = ()
+    """Task names; by default all tasks of the run."""
+    variant: str = "id"
+    """Shifted version of the tasks, see `perennial list suites`."""
+    after: int = -1
+    """Evaluate the policy after this many tasks; -1 is the newest, 0 the base checkpoint."""
+    episodes: int = 40
+    """Episodes for each task."""
+    temperature: float = 1.0
+    """Of action sampling; 0 is greedy."""
+    suite: str = "metaworld"
+    """Suite of the tasks, for a bare checkpoint."""
+    policy: str = "openvla_oft"
+    """Policy class, for a bare checkpoint."""
+    seed: int = 0
+    """Names the random streams of action sampling."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        """Evaluate and print one rate per task."""
+        from perennial.evaluation import standalone
+
+        standalone.evaluate(self, console)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Run a grid of methods, orders and seeds, as many runs at once as there are cores; repeat the command to go on."""
+
+    study: Positional[str]
+    """Name of a study, see `perennial list studies`."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Folder of the study, by default runs/study-<name>; what has a result there is skipped."""
+    methods: tuple[str, ...] = ()
+    """Only these methods; by default all of the study."""
+    seeds: tuple[int, ...] = ()
+    """Only these seeds; by default all of the study."""
+    jobs: int = 0
+    """Runs at the same time; 0 takes one per processor core."""
+    dry_run: bool = False
+    """Print the command of every run, then stop."""
+
+    def __call__(self) -> None:
+        """Run what is missing, then write the report."""
+        from perennial.studies import base
+
+        study = base.find(self.study)
+        entries = base.grid(study, self.methods, self.seeds)
+        if self.dry_run:
+            for entry in entries:
+                print(entry.command())
+            return
+        from perennial.reports import study as report
+        from perennial.studies import _execution
+
+        folder = self.out or Path("runs") / f"study-{self.study}"
+        _execution.execute(study, self.study, folder, entries, self.jobs, console)
+        report.command(folder, False, console)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write the report page of a run or a study again and print its numbers."""
+
+    run: Positional[Path]
+    """Folder of the run or of the study."""
+    json: bool = False
+    """Print one JSON object and write nothing."""
+
+    def __call__(self) -> None:
+        """Write report/index.html and print the summary; with --json only print."""
+        if (self.run / "study.json").exists():
+            from perennial.reports import study
+
+            study.command(self.run, self.json, console)
+            return
+        from perennial.reports import page, summary
+
+        if self.json:
+            print(json.dumps(summary.report_json(self.run)))
+            return
+        target = page.write(self.run)
+        summary.print_summary(self.run, console)
+        console.print(f"Report: {escape(str(target))}", soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Put two or more runs side by side."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Folders of the runs; the first is the one that others are compared with."""
+    out: Path | None = None
+    """Where to write the page, by default compare.html in the first run's report folder."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def __call__(self) -> None:
+        """Compare."""
+        from perennial.reports import compare
+
+        compare.command(self.runs, self.out, self.json, console)
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """Measure what learning did to a run's weights: size and rank of the update, Fisher energy, KL, and its scale."""
+
+    run: Positional[Path]
+    """Folder of a run that has learned at least one task."""
+    out: Path | None = None
+    """Where to write the page, by default mechanism.html in the run's report folder; the JSON goes beside it."""
+    tasks: tuple[str, ...] = ()
+    """Tasks on which the base's Fisher information is taken; by default the held-out tasks."""
+    episodes: int = 20
+    """Episodes for each task at each scale."""
+    scales: str = "0,0.25,0.5,0.75,1"
+    """Shares of the final update to play with, from 0 (the base) to 1 (what the run has learned)."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+    def __call__(self) -> None:
+        """Measure."""
+        from perennial.mechanism import command
+
+        command.command(self, console)
+
+
+@dataclass(frozen=True)
+class Demos:
+    """Record demonstrations with a suite's scripted experts; repeat the command to continue."""
+
+    out: Positional[Path]
+    """Folder to record into."""
+    tasks: tuple[str, ...] = ()
+    """Task names; by default all tasks of the suite."""
+    count: int = 50
+    """Demonstrations for each task."""
+    image_every: int = 4
+    """Environment steps from one image to the next."""
+    suite: str = "metaworld"
+    """Suite of the tasks."""
+    workers: int = 0
+    """Worker processes; 0 takes one per processor core."""
+
+    def __call__(self) -> None:
+        """Record."""
+        from perennial.demonstrations import command
+
+        command.record(self, console)
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Behaviour-clone a base policy from demonstrations."""
+
+    demonstrations: Positional[Path]
+    """Folder that `perennial demos` wrote."""
+    out: Positional[Path]
+    """Folder of the new checkpoint."""
+    steps: int = 6000
+    """Gradient steps."""
+    batch_size: int = 64
+    """Decisions in a gradient step."""
+    learning_rate: float = 1e-3
+    """Highest learning rate; it rises over 200 steps and falls to zero along a cosine."""
+    tasks: tuple[str, ...] = ()
+    """Learn only these tasks; by default all that were recorded."""
+    suite: str = "metaworld"
+    """Suite of the demonstrations."""
+    policy: str = "openvla_oft"
+    """Policy class."""
+    seed: int = 0
+    """Names the random streams of initialisation, order and augmentation."""
+    episodes: int = 40
+    """Evaluation episodes for each task, measured at the end and written into the manifest; 0 skips them."""
+
+    def __call__(self) -> None:
+        """Pretrain."""
+        from perennial import pretraining
+
+        pretraining.pretrain(self, console)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Merge fine-tuned checkpoints or adapters into the base they came from, tensor by tensor."""
+
+    base: Positional[Path]
+    """Pretrained checkpoint; everything but the weights is copied from it."""
+    finetuned: Positional[tuple[Path, ...]]
+    """Fine-tuned checkpoints or PEFT adapter folders."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder of the merged checkpoint; it must not exist."""
+    method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare"] = "linear"
+    """How to merge."""
+    alpha: float = 0.8
+    """Weight of what the fine-tuning changed, from 0 (base) to 1 (fine-tuned)."""
+    vision: float | None = None
+    """Alpha of the vision parameters, where it differs."""
+    language: float | None = None
+    """Alpha of the language parameters, where it differs."""
+    action: float | None = None
+    """Alpha of the action parameters, where it differs."""
+    extrapolate: bool = False
+    """Allow an alpha outside 0 to 1."""
+
+    def __call__(self) -> None:
+        """Merge."""
+        from perennial.merging.checkpoints import merge_checkpoints
+
+        groups = {"vision": self.vision, "language": self.language, "action": self.action}
+        merge_checkpoints(
+            self.base,
+            self.finetuned,
+            self.out,
+            method=self.method,
+            alpha=self.alpha,
+            alpha_by_group={group: alpha for group, alpha in groups.items() if alpha is not None},
+            extrapolate=self.extrapolate,
+        )
+        console.print(f"Merged checkpoint: {self.out}")
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Check this machine: Python, torch, rendering, simulators, memory, disk. Prints the fix for each problem."""
+
+    def __call__(self) -> None:
+        """Diagnose; the exit code is 1 if there is a problem."""
+        from perennial import doctor
+
+        checks = doctor.diagnose()
+        doctor.print_report(checks, console)
+        if any(check.status == "problem" for check in checks):
+            sys.exit(1)
+
+
+@dataclass(frozen=True)
+class List:
+    """List what can be chosen."""
+
+    kind: Positional[Literal["suites", "policies", "strategies", "recipes", "presets", "studies"]]
+    """What to list."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        """List names with their first docstring line."""
+        room = {"recipes": "learning"}.get(self.kind, self.kind)
+        found = {name: discovery.describe(path) for name, path in discovery.names(room).items()}
+        if self.json:
+            print(json.dumps([{"name": name, "description": text} for name, text in found.items()]))
+            return
+        for name, text in found.items():
+            console.print(f"[bold]{name}[/bold]  {text}", highlight=False)
+
+
+COMMANDS: dict[str, type] = {
+    "run": Run,
+    "resume": Resume,
+    "evaluate": Evaluate,
+    "study": Study,
+    "report": Report,
+    "compare": Compare,
+    "mechanism": Mechanism,
+    "demos": Demos,
+    "pretrain": Pretrain,
+    "merge": Merge,
+    "doctor": Doctor,
+    "list": List,
+}
