@@ -225,3 +225,17 @@ def test_adapters_fit_any_policy():
     policy = ToyPolicy()
     add_adapter(policy, LoRA(rank=2), 0)
     assert merged_weights(policy.model).keys() == dict(ToyPolicy().model.named_parameters()).keys()
+
+
+def test_weights_of_one_type_are_shared_in_it():
+    """What acts in another process must round as what learns does."""
+    policy = tiny_policy()
+    for parameter in policy.model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    expected = logits(policy)
+    flat, layout = flatten(policy.acting_weights())
+    assert flat.dtype == torch.bfloat16
+    other = tiny_policy(seed=1)
+    bind(other.model, flat, layout)
+    np.testing.assert_array_equal(logits(other), expected)
+    assert flatten({"a": torch.ones(1, dtype=torch.bfloat16), "b": torch.ones(1)})[0].dtype == torch.float32

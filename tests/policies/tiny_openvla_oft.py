@@ -1,4 +1,4 @@
-"""A tiny OpenVLA-OFT, quick enough for every test."""
+"""A tiny OpenVLA-OFT or OpenVLA, quick enough for every test."""
 
 from perennial.policies._openvla_oft_config import HALF, IMAGENET_MEAN, IMAGENET_STD, Language, Tower
 from perennial.policies.openvla_oft import NormStats, OpenVLAOFT, Quantiles, small_config, train_tokenizer
@@ -9,7 +9,7 @@ ACTION = Quantiles(q01=(-0.5, 0.0, 0.0), q99=(0.5, 2.0, 0.7), mask=(True, True, 
 PROPRIO = Quantiles(q01=(-1.0,) * STATE_DIM, q99=(1.0,) * STATE_DIM)
 
 
-def tiny_policy(seed=0, **changes):
+def tiny_policy(seed=0, kind=OpenVLAOFT, **changes):
     tokenizer = train_tokenizer(INSTRUCTIONS)
     sizes = {
         "image_size": 32,
@@ -24,4 +24,4 @@ def tiny_policy(seed=0, **changes):
     }
     sizes |= changes
     config = small_config(tokenizer.get_vocab_size(), tokenizer.token_to_id("<s>"), **sizes)
-    return OpenVLAOFT.create(config, tokenizer, seed)
+    return kind.create(config, tokenizer, seed)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from perennial.policies.base import Policy
 
 ALIGNMENT = 16
-"""Float32 numbers to a 64-byte cache line; every weight in a flat buffer starts on one."""
+"""Float32 numbers to a 64-byte cache line; every weight in a flat float32 buffer starts on one."""
 
 Layout = tuple[tuple[str, int, tuple[int, ...]], ...]
 """Name, offset and shape of every weight in a flat buffer."""
@@ -133,7 +133,9 @@ def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def flatten(weights: Mapping[str, Tensor], out: Tensor | None = None) -> tuple[Tensor, Layout]:
-    """Put `weights` one after another into one float32 buffer, for example to share it with other processes.
+    """Put `weights` one after another into one buffer, for example to share it with other processes.
+
+    The buffer has the weights' type, float32 where they differ in it.
 
     Args:
         weights: by name, in a fixed order.
@@ -143,7 +145,8 @@ def flatten(weights: Mapping[str, Tensor], out: Tensor | None = None) -> tuple[T
     for name, tensor in weights.items():
         layout.append((name, size, tuple(tensor.shape)))
         size += math.ceil(tensor.numel() / ALIGNMENT) * ALIGNMENT
-    flat = torch.zeros(size) if out is None else out
+    kinds = {tensor.dtype for tensor in weights.values()}
+    flat = torch.zeros(size, dtype=kinds.pop() if len(kinds) == 1 else torch.float32) if out is None else out
     for name, offset, shape in layout:
         flat[offset : offset + math.prod(shape)].view(shape).copy_(weights[name])
     return flat, tuple(layout)

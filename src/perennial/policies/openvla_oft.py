@@ -90,15 +90,10 @@ class OpenVLAOFT(Policy):
         """Decide by the inverse of each token's cumulative distribution at K uniform numbers per row."""
         with torch.inference_mode():
             logits = self._logits(observation)
-            if temperature == 0:
-                sample = logits.argmax(-1)
-                log_prob = torch.zeros(sample.shape)
-            else:
-                log_probs = (logits / temperature).log_softmax(-1)
-                sample = _inverse_cdf(log_probs, np.stack([generator.random(self.config.tokens) for generator in rng]))
-                log_prob = _gather(log_probs, sample).cpu()
+            drawn = None if temperature == 0 else np.stack([one.random(self.config.tokens) for one in rng])
+            sample, log_prob = choose(logits, temperature, drawn)
         choice = sample.cpu().numpy()
-        return ActionChunk(self.decode(choice), choice, log_prob.numpy())
+        return ActionChunk(self.decode(choice), choice, log_prob.cpu().numpy())
 
     def log_prob(self, batch: Batch) -> Tensor:
         """Log-probability of each token of `batch.sample`, float32 [N, K]."""
@@ -136,6 +131,11 @@ class OpenVLAOFT(Policy):
         return np.repeat(actions, config.hold, axis=1)
 
     def _logits(self, observation: Observation) -> Tensor:
+        logits: Tensor = unwrap(self.model)(*self._inputs(observation))
+        return logits.float()
+
+    def _inputs(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Pixels, prompt, its mask and the state, as `OpenVLAOFTModel.hidden` wants them."""
         config, device = self.config, self.device
         views = observation.images.shape[1]
         if views != config.views:
@@ -150,13 +150,12 @@ class OpenVLAOFT(Policy):
         if config.use_proprio and config.norm_stats.proprio is not None:
             state = np.clip(_normalise(observation.states, config.norm_stats.proprio), -1, 1)
         dtype = next(self.model.parameters()).dtype
-        logits: Tensor = unwrap(self.model)(
+        return (
             _images.to_pixels(observation.images, config.image_size, config.center_crop, device),
             torch.from_numpy(prompt).to(device),
             torch.from_numpy(mask).to(device),
             torch.from_numpy(state).to(device, dtype),
         )
-        return logits.float()
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Self:
@@ -254,6 +253,26 @@ def _groups(model: OpenVLAOFTModel) -> Mapping[str, Sequence[str]]:
         module = next(module for module in GROUP_OF_MODULE if name.startswith(f"{module}."))
         groups[GROUP_OF_MODULE[module]].append(name)
     return groups
+
+
+def choose(logits: Tensor, temperature: float, uniform: np.ndarray | None) -> tuple[Tensor, Tensor]:
+    """Choose among bins by the inverse of the cumulative distribution, or greedily at temperature 0.
+
+    Args:
+        logits: raw, [N, K, bins].
+        temperature: 0 or above.
+        uniform: numbers in [0, 1), [N, K]; None where the temperature is 0.
+
+    Returns:
+        sample: int64 [N, K].
+        log_prob: float32 [N, K] at the temperature, 0 for greedy choices.
+    """
+    if uniform is None:
+        sample = logits.argmax(-1)
+        return sample, torch.zeros(sample.shape)
+    log_probs = (logits / temperature).log_softmax(-1)
+    sample = _inverse_cdf(log_probs, uniform)
+    return sample, _gather(log_probs, sample)
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:
