@@ -28,7 +28,7 @@ class Result:
         matrices: (variant, decoder) -> the success matrix, in the order in which they were evaluated.
         training: for each phase the success of the training episodes by iteration, in [0, 1]; empty without episodes.
         cost: `rollout_seconds`, `update_seconds`, `evaluation_seconds`, `commit_seconds`; `train_env_steps`,
-            `evaluation_env_steps`; `peak_bytes`, the largest resident set of the run's main process; `kept_bytes`,
+            `evaluation_env_steps`; `peak_bytes`, the largest resident set of one of its processes; `kept_bytes`,
             what is carried from the last task to a next one.
         content: the whole file.
     """
