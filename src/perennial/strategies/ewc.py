@@ -39,7 +39,7 @@ class EWC(Strategy):
     are never skipped. Use their coefficient of 1e6 with it.
 
     Attributes:
-        coefficient: lambda, at least 0.
+        coefficient: lambda, at least 0; the default suits the small policy, like those of the other strategies.
         decay: gamma, weight of the earlier Fisher, in [0, 1].
         episodes: played after every task to estimate the Fisher.
         samples: decisions of these that are used, evenly spread.
@@ -47,7 +47,7 @@ class EWC(Strategy):
     """
 
     name: ClassVar[str] = "ewc"
-    coefficient: float = 100.0
+    coefficient: float = 0.05
     decay: float = 1.0
     episodes: int = 16
     samples: int = 128

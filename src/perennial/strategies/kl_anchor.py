@@ -31,7 +31,7 @@ class KLAnchor(Strategy):
     """
 
     name: ClassVar[str] = "kl_anchor"
-    coefficient: float = 0.1
+    coefficient: float = 0.01
     anchor: Literal["previous", "base"] = "previous"
     teacher: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
 

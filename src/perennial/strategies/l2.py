@@ -29,7 +29,7 @@ class L2(Strategy):
     """
 
     name: ClassVar[str] = "l2"
-    coefficient: float = 0.1
+    coefficient: float = 0.001
     anchor: Literal["previous", "base"] = "previous"
     anchored: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
 

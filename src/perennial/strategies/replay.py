@@ -26,7 +26,7 @@ class Replay(Strategy):
     When a task has been learned, `episodes` are played and up to `capacity` decisions of the successful ones are
     kept, a uniform random subset. A task without any success leaves nothing to replay.
 
-    The coefficient and the ratio of 1:1 are those of arXiv 2603.11653. Its code replays something else, the first
+    The ratio of 1:1 is that of arXiv 2603.11653, whose coefficient is 0.03. Its code replays something else, the first
     demonstration of every task of the suite, later and held-out ones included, so there is no `ut2026` variant: no
     strategy is shown tasks that have not been taught.
 
@@ -38,7 +38,7 @@ class Replay(Strategy):
     """
 
     name: ClassVar[str] = "replay"
-    coefficient: float = 0.03
+    coefficient: float = 0.1
     ratio: float = 1.0
     capacity: int = 256
     episodes: int = 32

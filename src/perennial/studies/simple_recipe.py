@@ -39,9 +39,9 @@ STUDY = Study(
         ),
         "multitask": Method({"schedule": "joint"}, published={"avg": 85.8, "gain": 28.9, "zs": 51.2, "zs_gain": -0.3}),
         "expansion": Method({"strategies": "expansion"}, published={"nbt": 0.0, "fwt": 0.0}),
-        "ewc": Method({"strategies": "ewc", "strategies.ewc.coefficient": "1"}, published={"avg": 66.1}),
+        "ewc": Method({"strategies": "ewc", "strategies.ewc.coefficient": "0.05"}, published={"avg": 66.1}),
         "l2": Method({"strategies": "l2", "strategies.l2.coefficient": "0.001"}),
-        "kl_anchor": Method({"strategies": "kl_anchor", "strategies.kl_anchor.coefficient": "0.1"}),
+        "kl_anchor": Method({"strategies": "kl_anchor", "strategies.kl_anchor.coefficient": "0.01"}),
         "replay": Method({"strategies": "replay", "strategies.replay.coefficient": "0.1"}),
         "dark_replay": Method(
             {"strategies": "dark_replay", "strategies.dark_replay.coefficient": "0.1"}, published={"avg": 73.4}
