@@ -1,7 +1,7 @@
 """Does the simple recipe hold? Ten strategies and the ablations of arXiv 2603.11653 on five Meta-World tasks in a row.
 
 The strength of each strategy was chosen before, by the study `strategy_strength` with a seed that is not used here:
-the strongest setting tried that keeps four fifths of what sequential fine-tuning gains.
+the strongest setting tried that keeps two thirds of what sequential fine-tuning gains.
 """
 
 from perennial.presets.simple_recipe_metaworld import SEQUENCE
