@@ -85,6 +85,19 @@ def test_the_page_shows_every_row_with_published_numbers_and_says_what_is_missin
     assert f"{figures['value']:+.1f}" in said
 
 
+def test_the_markdown_has_a_table_for_each_decoder(folder, capsys):
+    study.command(folder, False, Console(width=200))
+    sampled, greedy = (folder / "report" / "table.md").read_text().split("Greedy decoding:")
+    for text, decoder in ((sampled, "sampled"), (greedy, "greedy")):
+        cells = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("| l2 ")]
+        (row,) = [row for row in study.figures(folder)["rows"] if row["row"] == "l2"]
+        gain, versus = row["decoders"][decoder]["gain"], row["decoders"][decoder]["versus"]["avg"]
+        assert len(cells) == 1
+        assert len(cells[0]) == 9
+        assert cells[0][3].strip().startswith(f"{gain['value']:+.1f} (")
+        assert cells[0][8].strip().replace("\u2212", "-").startswith(f"{versus['value']:+.1f} (")
+
+
 def test_a_folder_without_results_says_what_to_do(tmp_path):
     with pytest.raises(PerennialError, match=r"holds no study"):
         study.figures(tmp_path)

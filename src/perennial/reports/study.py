@@ -29,7 +29,9 @@ SHORT = {"avg": "AVG", "gain": "Gain", "nbt": "NBT", "fwt": "FWT", "zs": "ZS", "
 
 
 def command(folder: Path, as_json: bool, console: Console) -> None:
-    """Write report/index.html and report/report.json of the study in `folder` and print its table, or print JSON only.
+    """Write index.html, report.json and table.md of the study into its folder `report` and print its tables.
+
+    With `as_json` only print JSON.
 
     Raises:
         PerennialError: the folder holds no study or no result, or a result is damaged.
@@ -40,6 +42,7 @@ def command(folder: Path, as_json: bool, console: Console) -> None:
         return
     target = folder / "report" / "index.html"
     atomic.write_json(target.with_name("report.json"), found)
+    atomic.write_text(target.with_name("table.md"), markdown(found))
     atomic.write_text(target, _render(found))
     for decoder in found["decoders"]:
         console.print(_table(found, decoder))
@@ -178,6 +181,21 @@ def _render(found: Mapping[str, Any]) -> str:
         curves=curves,
         key=[Markup(plots.key(index)) for index in range(2)],
     )
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The results as Markdown tables, one for each decoder, with the difference in AVG to the reference."""
+    lines: list[str] = []
+    for decoder in found["decoders"]:
+        names = ("method", "seeds", *SHORT.values(), f"AVG minus {found['reference']}")
+        lines += [f"{decoder.capitalize()} decoding:", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for row in found["rows"]:
+            figures = row["decoders"][decoder]
+            texts = [words.estimate(figures[metric.key], metric.level) for metric in words.METRICS]
+            versus = words.estimate((figures["versus"] or {}).get("avg"), False)
+            lines.append(f"| {' | '.join((row['row'], str(len(row['seeds'])), *texts, versus))} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _table(found: Mapping[str, Any], decoder: str) -> Any:
