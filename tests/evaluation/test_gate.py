@@ -96,10 +96,10 @@ def test_at_the_cap_the_measured_drops_decide():
         differences[:fell, 0] = 1
         assert decide(gate, differences, 0.05, last=True)[0] == passes
     differences = same.copy()
-    differences[:7, 0] = 1  # 7 of 60 are above 10 points, 7 of 30 above 20
+    differences[:7, 0], differences[:2, 1] = 1, -1  # 5 of 60 are below 10 points, but 7 of 30 above 20
     assert decide(gate, differences, 0.05, last=True) == (False, False)
     assert decide(gate, differences, 0.05, last=False) is None
-    differences[6, 0] = 0  # 6 of 60 and 6 of 30 are exactly at both margins
+    differences[6, 0], differences[:2, 1] = 0, 0  # 6 of 60 and 6 of 30 are exactly at both margins
     assert decide(gate, differences, 0.05, last=True) == (True, False)
 
 
