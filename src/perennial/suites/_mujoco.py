@@ -61,7 +61,7 @@ class Painter:
 
     Args:
         model: `mujoco.MjModel`; its quality settings are changed.
-        camera: name of a camera of the model.
+        camera: name of a camera of the model, the one that is looked through by default.
         size: side of the pictures in pixels.
         fast: no multisampling, shadows, reflections or sky, and nothing of `HIDDEN_GROUP`; about 15 times faster.
     """
@@ -82,9 +82,9 @@ class Painter:
             for off in (flag.mjRND_SHADOW, flag.mjRND_REFLECTION, flag.mjRND_SKYBOX):
                 self._renderer.scene.flags[off] = False
 
-    def paint(self, data: Any) -> np.ndarray:
-        """The picture of `data`, uint8 [size, size, 3]."""
-        self._renderer.update_scene(data, self._camera, self._option)
+    def paint(self, data: Any, camera: str = "") -> np.ndarray:
+        """The picture of `data`, uint8 [size, size, 3], from another camera of the model if one is named."""
+        self._renderer.update_scene(data, camera or self._camera, self._option)
         picture: np.ndarray = self._renderer.render()
         return picture
 

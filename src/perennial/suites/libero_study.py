@@ -1,0 +1,24 @@
+"""LIBERO as in the study of the simple recipe: 512 steps for all, training states shared with evaluation, one sentence.
+
+arXiv 2603.11653 and its released code. Numbers from here are comparable with published ones, but were measured where
+the policy was trained; use `libero` for numbers of your own.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from perennial.suites._libero_tasks import HORIZONS, tasks
+from perennial.suites.libero import Libero, Protocol
+
+HORIZON = 512
+
+
+class LiberoStudy(Libero):
+    """LIBERO with the shared states and the horizon of the study; training hears the sentence of evaluation."""
+
+    name: ClassVar[str] = "libero_study"
+    protocol: ClassVar[Protocol] = Protocol(
+        stored={"training": range(50), "evaluation": range(50)},
+        tasks=tasks(dict.fromkeys(HORIZONS, HORIZON), published=True),
+    )
