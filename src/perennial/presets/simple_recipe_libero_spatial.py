@@ -1,0 +1,8 @@
+"""The study of the simple recipe (arXiv 2603.11653) on LIBERO spatial: five tasks in a row, five held out.
+
+It starts from their checkpoint Openvla-oft-SFT-libero-spatial-traj1; name its folder by --policy.checkpoint.
+"""
+
+from perennial.presets._simple_recipe_libero import simple_recipe
+
+CONFIG = simple_recipe("spatial", "Openvla-oft-SFT-libero-spatial-traj1", iterations=10)
