@@ -234,8 +234,10 @@ def pins():
 
 
 def declared():
+    """The requirements that `make setup` installs: those of the package and of the extras that the script names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = [text for texts in project["optional-dependencies"].values() for text in texts]
+    chosen = re.search(r'-e "\.\[([\w,]+)\]"', (ROOT / "scripts/setup.sh").read_text())[1].split(",")
+    extras = [text for name in chosen for text in project["optional-dependencies"][name]]
     return [Requirement(text) for text in project["dependencies"] + extras]
 
 
@@ -252,6 +254,17 @@ def test_the_pins_satisfy_what_is_declared():
     for requirement in declared():
         (only,) = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(only.version), requirement
+
+
+def test_the_extra_of_libero_lives_with_the_pins_and_leaves_them_alone():
+    """It would bring torchvision, so it has an environment of its own; both simulators accept one MuJoCo."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = pins()
+    for requirement in map(Requirement, project["optional-dependencies"]["libero"]):
+        if requirement.name in pinned:
+            (only,) = pinned[requirement.name]
+            assert requirement.specifier.contains(only.version), requirement
+    assert not {canonicalize_name(r.name) for r in declared()} & {"hf-libero", "robosuite"}
 
 
 def test_torch_is_the_release_that_the_installer_puts_first():
