@@ -41,6 +41,8 @@ def test_a_sound_configuration_comes_back_as_it_is(config):
         ({"recipe.grpo.iterations": "-2"}, r"--recipe\.grpo\.iterations is -2, but it must be above 0"),
         ({"recipe.grpo.groups": "0"}, r"--recipe\.grpo\.groups is 0, but it must be above 0"),
         ({"recipe.grpo.group_size": "1"}, r"group_size is 1, but a group needs at least 2"),
+        ({"recipe": "ppo", "recipe.ppo.gamma": "1.01"}, r"--recipe\.ppo\.gamma is 1\.01, but it must be at most 1"),
+        ({"recipe": "ppo", "recipe.ppo.clip": "0"}, r"--recipe\.ppo\.clip is 0\.0, but it must be above 0"),
         ({"recipe.grpo.temperature": "0"}, r"temperature is 0\.0, but it must be above 0"),
         ({"recipe.grpo.optimizer.micro_batch": "0"}, r"--recipe\.grpo\.optimizer\.micro_batch is 0"),
         ({"recipe.grpo.optimizer.learning_rate": "-1e-3"}, r"learning_rate is -0\.001, but it must be above 0"),
@@ -96,6 +98,15 @@ def test_a_strategy_that_the_policy_cannot_serve_is_refused(config, monkeypatch)
     monkeypatch.setattr(ToyPolicy, "logits", Policy.logits)
     with pytest.raises(PerennialError, match=r"'needy' needs `logits`, which the policy 'perennial\.testing\.toy'"):
         validate(needy)
+
+
+def test_ppo_is_refused_where_the_policy_has_no_values(config, monkeypatch):
+    critic = overrides.apply(config, {"recipe": "ppo", "recipe.ppo.entropy_coefficient": "0.01"})
+    assert validate(critic) is critic
+    monkeypatch.setattr(ToyPolicy, "value", Policy.value)
+    sentence = r"^'ppo' needs `value`, which the policy '[\w.]+' does not have; choose another recipe or policy\.$"
+    with pytest.raises(PerennialError, match=sentence):
+        validate(critic)
 
 
 def test_checkpoints_are_folders_or_come_with_perennial(tmp_path, monkeypatch):

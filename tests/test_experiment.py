@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from perennial import cli, experiment, overrides
-from perennial.config import Config
+from perennial.config import Config, Tasks
 from perennial.errors import PerennialError
 from perennial.evaluation import standalone
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig
+from perennial.learning.ppo import PPO
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
@@ -82,6 +83,27 @@ def test_the_run_folder_holds_what_it_promises(run, config):
     # 2 tasks x (2 iterations + the end of the task), of which two commits are kept.
     assert sorted(p.name for p in (run / "commits").iterdir()) == ["000005", "000006"]
     assert not list((run).glob("videos/*"))
+
+
+def test_a_value_head_lies_beside_the_adapter_and_acting_needs_none(config, tmp_path, no_report, capsys):
+    recipe = (PPO(iterations=1, rollouts=8), replace(config.recipe[0], iterations=1))
+    evaluation = replace(config.evaluation, episodes=2, decoders=("greedy",))
+    run = experiment.start(
+        replace(config, recipe=recipe, evaluation=evaluation, tasks=Tasks(("left",))), "toy", tmp_path / "run"
+    )
+    learned = run / "tasks" / "01-left"
+    head = load_file(learned / "value_head.safetensors")
+    fresh = ToyPolicy()
+    fresh.add_value_head(config.seed)
+    assert head.keys() == fresh.value_head.state_dict().keys()
+    assert not torch.equal(head["0.weight"], fresh.value_head.state_dict()["0.weight"])
+    assert not any("value_head" in name for name in load_file(learned / "adapter" / "adapter_model.safetensors"))
+    assert [line["objective"] for line in lines(run / "metrics.jsonl") if line["event"] == "iteration"] == [
+        "ppo",
+        "grpo",
+    ]
+    cli.main(["evaluate", str(run), "--episodes", "2", "--tasks", "left"])
+    assert "left" in capsys.readouterr().out
 
 
 def test_the_matrix_is_complete(run, config):

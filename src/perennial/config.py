@@ -179,9 +179,10 @@ def validate(config: Config) -> Config:
     for part in parts:
         for method in sorted(part.requires()):
             if getattr(policy, method) is getattr(Policy, method):
+                kind = "recipe" if isinstance(part, Objective) else "strategy"
                 raise PerennialError(
                     f"{part.name!r} needs `{method}`, which the policy {config.policy.name!r} does not have; "
-                    "choose another strategy or policy."
+                    f"choose another {kind} or policy."
                 )
     for hook, what in (("parameter_groups", "set learning rates"), ("policy_for", "choose the weights that act")):
         owners = [part.name for part in config.strategies if getattr(type(part), hook) is not getattr(Strategy, hook)]
@@ -235,6 +236,9 @@ NON_NEGATIVE = {
     "warmup_steps",
     "decay_steps",
     "final_learning_rate",
+    "gae_lambda",
+    "value_coefficient",
+    "entropy_coefficient",
 }
 """Numbers that may be 0; every other number of a configuration must be above 0."""
 

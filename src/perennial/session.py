@@ -15,7 +15,7 @@ from perennial.config import Config
 from perennial.display import Display
 from perennial.interrupt import InterruptedRunError, TwoStageInterrupt
 from perennial.learning.base import Objective
-from perennial.learning.optimizer import build_optimizer
+from perennial.learning.optimizer import build_optimizer, optimised
 from perennial.policies._learned import load_learned, save_learned
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
@@ -75,7 +75,7 @@ class Session:
         def write(target: Path) -> None:
             self.write_learned(target)
             if self.optimizer is not None:
-                save_optimizer(self.optimizer, self.policy.trainable(), target / "optimizer.safetensors")
+                save_optimizer(self.optimizer, optimised(self.policy), target / "optimizer.safetensors")
 
         begun = time.monotonic()
         self.folder.commit(write, {"cursor": asdict(cursor)})
@@ -92,10 +92,10 @@ class Session:
 
     def stage_optimizer(self, objective: Objective, cursor: Cursor) -> torch.optim.AdamW:
         """The optimiser of a stage: fresh at its first iteration, else as it was committed."""
-        self.optimizer = build_optimizer(self.policy, self.strategies, objective.optimizer)
+        self.optimizer = build_optimizer(self.policy, self.strategies, objective.optimizer, objective.value_rate)
         latest = self.folder.latest()
         if cursor.iteration and latest is not None:
-            load_optimizer(self.optimizer, self.policy.trainable(), latest.path / "optimizer.safetensors")
+            load_optimizer(self.optimizer, optimised(self.policy), latest.path / "optimizer.safetensors")
         return self.optimizer
 
 
@@ -106,6 +106,8 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     policy = discovery.find("policies", config.policy.name, Policy).load(checkpoint)
     if config.policy.adapter is not None:
         add_adapter(policy, config.policy.adapter, config.seed)
+    if any("value" in stage.requires() for stage in config.recipe):
+        policy.add_value_head(config.seed)
     strategies = Strategies(tuple(replace(strategy) for strategy in config.strategies))
     cursor = Cursor()
     latest = folder.latest()

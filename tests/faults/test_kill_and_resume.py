@@ -25,6 +25,13 @@ GATED = (
     "--strategies.harmful.strength=30",
 )
 ALL_WEIGHTS = ("--policy.adapter=none", "--recipe=grpo,grpo", "--strategies=l2")
+CRITIC = (
+    "--recipe=ppo",
+    "--recipe.ppo.iterations=2",
+    "--recipe.ppo.rollouts=32",
+    "--recipe.ppo.value_rate=3",
+    "--strategies=slca",
+)
 ONE_WORKER = ("--workers.backend=process", "--workers.count=1")
 TWO_WORKERS = ("--workers.backend=process", "--workers.count=2")
 
@@ -84,9 +91,16 @@ IN_A_WORKER = ("rollout:5", "update:1", "rename:3")
         (ADAPTER, IN_THIS_PROCESS),
         (ALL_WEIGHTS, IN_THIS_PROCESS),
         (GATED, IN_THE_GATE),
+        (CRITIC, IN_THIS_PROCESS),
         ((*ADAPTER, *ONE_WORKER), IN_A_WORKER),
     ],
-    ids=["adapter, EWC and replay", "all weights, two stages and L2", "a gate", "a worker process"],
+    ids=[
+        "adapter, EWC and replay",
+        "all weights, two stages and L2",
+        "a gate",
+        "a value head and SLCA",
+        "a worker process",
+    ],
 )
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(start, uninterrupted, tmp_path, choices, kills):
     codes = survive([*start, *choices], tmp_path / "run", kills)

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perennial.learning.advantages import group_relative
+from perennial.learning.advantages import gae, group_relative
 from perennial.rollout.trajectory import Episode, Trajectory
 
 
@@ -33,3 +33,39 @@ def test_each_group_is_standardised_on_its_own(members):
         np.testing.assert_allclose(advantages[mine], expected, rtol=1e-5, atol=1e-7)
         if len(set(returns)) == 1:
             assert not advantages[mine].any()
+
+
+episodes = st.lists(st.tuples(st.floats(-2, 2), st.floats(-2, 2)), min_size=1, max_size=12)
+shares = st.floats(0, 1)
+
+
+@given(episodes, shares, shares)
+def test_gae_is_the_weighted_sum_of_the_errors_to_come(episode, gamma, trace):
+    rewards, values = np.array(episode).T
+    after = [*values[1:], 0.0]
+    errors = [r + gamma * later - v for r, later, v in zip(rewards, after, values, strict=True)]
+    expected = [
+        sum((gamma * trace) ** ahead * error for ahead, error in enumerate(errors[t:])) for t in range(len(errors))
+    ]
+    np.testing.assert_allclose(gae(rewards, values, gamma, trace), expected, atol=1e-9)
+
+
+@given(episodes, shares)
+def test_with_trace_1_gae_is_the_discounted_return_minus_the_value(episode, gamma):
+    rewards, values = np.array(episode).T
+    returns = [sum(gamma**k * r for k, r in enumerate(rewards[t:])) for t in range(len(rewards))]
+    np.testing.assert_allclose(gae(rewards, values, gamma, 1.0), returns - values, atol=1e-9)
+
+
+@given(episodes, shares)
+def test_with_trace_0_gae_is_the_error_of_one_step(episode, gamma):
+    rewards, values = np.array(episode).T
+    estimates = gae(rewards, values, gamma, 0.0)
+    np.testing.assert_allclose(estimates[:-1], rewards[:-1] + gamma * values[1:] - values[:-1], atol=1e-12)
+    np.testing.assert_allclose(estimates[-1], rewards[-1] - values[-1], atol=1e-12)
+
+
+def test_gae_leaves_its_arguments_alone():
+    rewards, values = np.array([0.0, 1.0]), np.array([0.5, 0.25])
+    np.testing.assert_allclose(gae(rewards, values, 0.5, 0.5), [-0.1875, 0.75])
+    assert (rewards.tolist(), values.tolist()) == ([0.0, 1.0], [0.5, 0.25])

@@ -6,6 +6,7 @@ import tiny_pi0
 
 from perennial.policies.openvla import OpenVLA
 from perennial.policies.pi0 import Exploration
+from perennial.testing import value_conformance
 from perennial.testing.openvla_checkpoint import write_openvla_checkpoint
 from perennial.testing.policy_conformance import CHECKS, Subject, example_observation
 from perennial.testing.toy import ToyPolicy
@@ -35,3 +36,9 @@ def published(tmp_path_factory):
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_conformance_of_a_published_checkpoint(check, published):
     check(Subject(partial(OpenVLA.load, published), OPENVLA_OBSERVATION))
+
+
+@pytest.mark.parametrize("name", ["openvla_oft", "openvla", "toy"])
+@pytest.mark.parametrize("check", value_conformance.CHECKS, ids=lambda check: check.__name__)
+def test_value_conformance(check, name):
+    check(SUBJECTS[name])

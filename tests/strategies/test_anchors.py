@@ -62,6 +62,7 @@ def test_kl_is_the_forward_divergence_from_the_teacher(adapter):
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_teacher_disturbs_neither_weights_nor_graphs(adapter):
     learner, kl, rows = policy(adapter), KLAnchor(coefficient=0.7), batch(6)
+    learner.add_value_head(0)
     kl.before_task(TASKS["left"], learner)
     shake(learner, seed=0)
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
@@ -87,7 +88,7 @@ def test_slca_scales_the_learning_rate_by_part_of_the_policy(adapter):
     groups = SLCA(vision=0.1, language=0.3, action=2.0).parameter_groups(learner)
     scale = {name: group.scale for group in groups for name in group.parameters}
     assert scale.keys() == learner.trainable().keys()
-    expected = {"vision": 0.1, "language": 0.3, "state": 2.0, "trunk": 2.0, "head": 2.0, "critic": 2.0}
+    expected = {"vision": 0.1, "language": 0.3, "state": 2.0, "trunk": 2.0, "head": 2.0}
     for name, value in scale.items():
         layer = next(layer for layer in expected if f"{layer}." in name)
         assert value == expected[layer]

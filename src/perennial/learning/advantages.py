@@ -1,4 +1,4 @@
-"""How good was each trajectory, compared with the others of its group?"""
+"""How good was each trajectory compared with the others of its group, or each decision compared with its value?"""
 
 from __future__ import annotations
 
@@ -27,3 +27,21 @@ def group_relative(trajectories: Sequence[Trajectory]) -> np.ndarray:
         if np.ptp(returns) > 0:
             advantages[members] = (returns - returns.mean()) / (returns.std(ddof=1) + EPSILON)
     return advantages.astype(np.float32)
+
+
+def gae(rewards: np.ndarray, values: np.ndarray, gamma: float, trace: float) -> np.ndarray:
+    """Generalised advantage estimates of one episode (arXiv 1506.02438, eq. 16), float64 [T].
+
+    The sum of the discounted errors delta_t = r_t + gamma V_{t+1} - V_t, with weights (gamma * trace)^l. The episode
+    ends for good after its last decision, where the value is 0.
+
+    Args:
+        rewards: [T], of each decision.
+        values: [T], of the states before the decisions.
+        gamma: discount from one decision to the next.
+        trace: the lambda of the paper, in [0, 1]; 1 gives discounted return minus value, 0 the error delta_t.
+    """
+    advantages: np.ndarray = rewards + gamma * np.append(values[1:], 0.0) - values
+    for step in reversed(range(len(advantages) - 1)):
+        advantages[step] += gamma * trace * advantages[step + 1]
+    return advantages

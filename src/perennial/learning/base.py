@@ -40,6 +40,11 @@ class Objective(ABC):
         """Names of optional policy methods that this objective calls."""
         return frozenset()
 
+    @property
+    def value_rate(self) -> float:
+        """Learning rate of the policy's value head, where it has one, as a multiple of the recipe's."""
+        return 1.0
+
     def check(self, tasks: Sequence[str]) -> None:
         """See that what is needed to learn the tasks of these names is there, before a run starts.
 

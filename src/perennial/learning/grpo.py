@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perennial.learning._on_policy import clipped_surrogate, deal, passes
 from perennial.learning.advantages import group_relative
-from perennial.learning.base import Metrics, Objective, gradient_step
+from perennial.learning.base import Metrics, Objective
 from perennial.policies.base import Batch, Policy
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory, to_batch
@@ -54,18 +55,7 @@ class GRPO(Objective):
 
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """`groups` x `group_size` episodes; groups are dealt to `tasks` and initial states in turn."""
-        iteration = int(key[-1])
-        episodes: list[Episode] = []
-        for group in range(self.groups):
-            turn = iteration * self.groups + group
-            task = tasks[turn % len(tasks)]
-            state = turn // len(tasks) % self.initial_states
-            instruction = task.instructions[turn // len(tasks) % len(task.instructions)]
-            episodes.extend(
-                Episode(task.name, "id", "training", state, instruction, self.temperature, (*key, group, member), group)
-                for member in range(self.group_size)
-            )
-        return episodes
+        return deal(tasks, key, self.groups, self.group_size, self.initial_states, self.temperature)
 
     def update(
         self,
@@ -80,40 +70,14 @@ class GRPO(Objective):
         batch, share = weighted_batch(policy, trajectories)
         if len(batch) == 0:
             return {"loss": 0.0, "grad_norm": 0.0, "kept": 0.0, "kl": 0.0, "clip_fraction": 0.0, "penalty": 0.0}
-        steps: list[Metrics] = []
-        for _ in range(self.epochs):
-            for rows in np.array_split(rng.permutation(len(batch)), min(self.minibatches, len(batch))):
-                part = batch.take(rows)
-                assert part.weight is not None
-                # Each minibatch stands for the whole: its loss is scaled up by the number of minibatches.
-                part = replace(part, weight=part.weight * min(self.minibatches, len(batch)))
-                steps.append(gradient_step(policy, part, self.loss, strategies, optimizer, self.optimizer, rng))
-        metrics = {name: float(np.mean([step[name] for step in steps])) for name in ("loss", "penalty", "grad_norm")}
-        tokens = sum(step["tokens"] for step in steps)
-        metrics |= {name: sum(step[name] for step in steps) / tokens for name in ("kl", "clip_fraction")}
+        metrics = passes(
+            policy, batch, self.loss, strategies, optimizer, self.optimizer, rng, self.epochs, self.minibatches
+        )
         return metrics | {"kept": share}
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         """The clipped surrogate of some decisions, weighted and summed over tokens."""
-        assert batch.log_prob is not None
-        assert batch.advantage is not None
-        assert batch.weight is not None
-        device = policy.device
-        old = torch.from_numpy(batch.log_prob).to(device)
-        weight = torch.from_numpy(batch.weight).to(device)
-        advantage = torch.from_numpy(batch.advantage).to(device)[:, None]
-        log_ratio = policy.log_prob(batch) - old
-        ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
-        surrogate = torch.minimum(ratio * advantage, clipped * advantage)
-        with torch.no_grad():
-            mask = torch.from_numpy(batch.mask).to(device)
-            figures = {
-                "tokens": float(mask.sum()),
-                "kl": float(((ratio - 1 - log_ratio) * mask).sum()),
-                "clip_fraction": float(((ratio * advantage > clipped * advantage) * mask).sum()),
-            }
-        return -(surrogate * weight).sum(), figures
+        return clipped_surrogate(policy.log_prob(batch), batch, self.clip_low, self.clip_high)
 
 
 def weighted_batch(policy: Policy, trajectories: list[Trajectory]) -> tuple[Batch, float]:

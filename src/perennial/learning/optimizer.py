@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from perennial.errors import PerennialError
 from perennial.policies.base import Policy
@@ -39,8 +40,26 @@ class AdamWConfig:
     micro_batch: int = 256
 
 
-def build_optimizer(policy: Policy, strategies: Strategies, config: AdamWConfig) -> torch.optim.AdamW:
-    """A fresh AdamW over `policy.trainable()`.
+def optimised(policy: Policy) -> dict[str, nn.Parameter]:
+    """Everything that an optimiser moves, by name: what learns of the policy, and its value head if it has one.
+
+    Strategies only see `policy.trainable()`: a value head judges the policy and is no part of it.
+    """
+    if policy.value_head is None:
+        return policy.trainable()
+    return policy.trainable() | dict(policy.value_head.named_parameters(prefix="value_head"))
+
+
+def build_optimizer(
+    policy: Policy, strategies: Strategies, config: AdamWConfig, value_rate: float = 1.0
+) -> torch.optim.AdamW:
+    """A fresh AdamW over `optimised(policy)`.
+
+    Args:
+        policy: what learns.
+        strategies: group the parameters of the policy.
+        config: how steps are made.
+        value_rate: scale of the learning rate of the value head.
 
     Raises:
         PerennialError: nothing is trainable, or the strategy's groups do not cover the trainable parameters.
@@ -51,10 +70,11 @@ def build_optimizer(policy: Policy, strategies: Strategies, config: AdamWConfig)
     if not trainable or covered != set(trainable):
         missing = sorted(set(trainable) - covered)[:3]
         raise PerennialError(f"The optimiser has nothing to train or misses parameters such as {missing}.")
+    head = {name: parameter for name, parameter in optimised(policy).items() if name not in trainable}
     return torch.optim.AdamW(
         [
             {"params": list(group.parameters.values()), "lr": 0.0, "scale": group.scale}
-            for group in groups
+            for group in (*groups, ParameterGroup(head, value_rate))
             if group.parameters
         ],
         betas=config.betas,

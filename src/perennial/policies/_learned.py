@@ -1,4 +1,4 @@
-"""What a run has learned, on disk: a PEFT adapter, or all weights where there is no adapter."""
+"""What a run has learned, on disk: a PEFT adapter, or all weights where there is none, and the value head beside it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from perennial.policies.base import Policy
 from perennial.policies.lora import is_wrapped, load_adapter, save_adapter
 
 WEIGHTS = "model.safetensors"
+VALUE_HEAD = "value_head.safetensors"
 
 
 def save_learned(policy: Policy, folder: Path, base: str) -> None:
-    """Write `folder`/adapter, a standard PEFT folder, or `folder`/model.safetensors.
+    """Write `folder`/adapter, a standard PEFT folder, or `folder`/model.safetensors; and value_head.safetensors.
 
     Args:
         policy: what has learned.
@@ -26,10 +27,14 @@ def save_learned(policy: Policy, folder: Path, base: str) -> None:
         save_adapter(policy, folder / "adapter", base)
     else:
         write_tensors(folder / WEIGHTS, policy.acting_weights())
+    if policy.value_head is not None:
+        write_tensors(folder / VALUE_HEAD, policy.value_head.state_dict())
 
 
 def load_learned(policy: Policy, folder: Path) -> None:
     """Read what `save_learned` wrote into a policy that was prepared in the same way.
+
+    A value head is only read into a policy that has one; acting needs none.
 
     Raises:
         PerennialError: the files are damaged or belong to another base.
@@ -38,6 +43,8 @@ def load_learned(policy: Policy, folder: Path) -> None:
         load_adapter(policy, folder / "adapter")
     else:
         read_tensors(folder / WEIGHTS, policy.model)
+    if policy.value_head is not None:
+        read_tensors(folder / VALUE_HEAD, policy.value_head)
 
 
 def learned_weights(policy: Policy) -> dict[str, Tensor]:

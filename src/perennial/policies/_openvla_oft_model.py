@@ -27,7 +27,10 @@ from perennial.policies._openvla_oft_config import OpenVLAOFTConfig, Tower
 
 
 class OpenVLAOFTModel(nn.Module):
-    """Images, prompt and state in, action logits out. Parameter names follow the published checkpoint's modules."""
+    """Images, prompt and state in, hidden states out, from which `lm_head` reads the actions.
+
+    Parameter names follow the published checkpoint's modules.
+    """
 
     def __init__(self, config: OpenVLAOFTConfig) -> None:
         super().__init__()
@@ -42,11 +45,6 @@ class OpenVLAOFTModel(nn.Module):
         self.stop_token_id = config.stop_token_id
 
     def forward(self, pixels: Tensor, prompt: Tensor, prompt_mask: Tensor, state: Tensor) -> Tensor:
-        """Logits of the action bins, [N, K, bins]; arguments as for `hidden`."""
-        logits: Tensor = self.language_model.lm_head(self.hidden(pixels, prompt, prompt_mask, state))
-        return logits
-
-    def hidden(self, pixels: Tensor, prompt: Tensor, prompt_mask: Tensor, state: Tensor) -> Tensor:
         """Final hidden states one position before each action slot, [N, K, width].
 
         Args:

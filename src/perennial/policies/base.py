@@ -64,6 +64,7 @@ class Batch:
         temperature: at which `sample` was drawn; 1 for demonstrations.
         log_prob: float32 [N, K] of acting, where the rows come from rollouts.
         advantage: float32 [N], where known.
+        target: float32 [N], what the value head should say, where known.
         weight: float32 [N, K], the weight of each token in the loss, 0 where masked.
         logits: float32 [N, K, bins], stored teacher logits, where a strategy keeps them.
     """
@@ -74,6 +75,7 @@ class Batch:
     temperature: float = 1.0
     log_prob: np.ndarray | None = None
     advantage: np.ndarray | None = None
+    target: np.ndarray | None = None
     weight: np.ndarray | None = None
     logits: np.ndarray | None = None
 
@@ -110,6 +112,8 @@ class Policy(ABC):
 
     Attributes:
         model: the torch module that learns; wrapped by PEFT once `add_adapter` was called.
+        value_head: judges states for an objective that needs it, once `add_value_head` was called. It is no part of
+            `model`: it never acts, it is in no group, and no strategy sees it.
         groups: "vision" | "language" | "action" -> names of the base parameters; every parameter is in exactly one.
         chunk_steps: C, environment steps per decision.
         token_steps: int [K], the step within the chunk at which each token starts to act.
@@ -118,6 +122,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     model: nn.Module
+    value_head: nn.Module | None = None
     groups: Mapping[str, Sequence[str]]
     chunk_steps: int
     token_steps: np.ndarray
@@ -147,9 +152,17 @@ class Policy(ABC):
         """Raw logits at temperature 1, float32 [N, K, bins], for policies that choose among bins."""
         raise NotImplementedError(f"{self.name} has no logits")
 
-    def value(self, batch: Batch) -> Tensor:
-        """State values, float32 [N], for policies with a value head."""
+    def add_value_head(self, seed: int) -> None:
+        """Give the policy a new value head, with weights named by `seed`, in place of one that it may have."""
         raise NotImplementedError(f"{self.name} has no value head")
+
+    def value(self, batch: Batch) -> Tensor:
+        """Values of the observations, float32 [N], differentiable, for policies to which a head can be added."""
+        raise NotImplementedError(f"{self.name} has no value head")
+
+    def log_prob_and_value(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`log_prob` and `value`; policies where these share a forward pass make only one."""
+        return self.log_prob(batch), self.value(batch)
 
     @classmethod
     def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:

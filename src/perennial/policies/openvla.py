@@ -49,21 +49,17 @@ class OpenVLA(OpenVLAOFT):
         choice, log_prob = (torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*decided, strict=True))
         return ActionChunk(self.decode(choice), choice, log_prob)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Raw logits of the action bins, float32 [N, K, bins], each given the tokens of `batch.sample` before it."""
+    def _states(self, batch: Batch) -> Tensor:
+        """Hidden states that the action tokens are read from, each given the tokens of `batch.sample` before it."""
         network = unwrap(self.model)
         prefix, mask = network.prefix(*self._inputs(batch.observation))  # type: ignore[operator]
         forced = self._embed(torch.from_numpy(batch.sample[:, :-1]).to(prefix.device))
         mask = functional.pad(mask, (0, forced.shape[1]), value=True)
         sequence = torch.cat([prefix, forced], dim=1)
-        return self._head(causal_states(network, sequence, mask, self.config.tokens))  # type: ignore[arg-type]
+        return causal_states(network, sequence, mask, self.config.tokens)  # type: ignore[arg-type]
 
     def _embed(self, sample: Tensor) -> Tensor:
         """Input embeddings of action tokens, [N, tokens, width]."""
         first = self.config.vocab_size - self.config.action_bins
         embedded: Tensor = unwrap(self.model).language_model.model.embed_tokens(first + sample)  # type: ignore[operator,union-attr]
         return embedded
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = unwrap(self.model).language_model.lm_head(hidden)  # type: ignore[operator,union-attr]
-        return logits.float()

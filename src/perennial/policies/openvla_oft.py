@@ -25,6 +25,7 @@ from perennial.policies import _images, _openvla_published, _tokenizer
 from perennial.policies._openvla_oft_config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
 from perennial.policies._tensors import read_tensors, write_tensors
 from perennial.policies._tokenizer import train_tokenizer
+from perennial.policies._value_head import new_value_head
 from perennial.policies.base import ActionChunk, Batch, Observation, Policy
 from perennial.policies.lora import unwrap
 from perennial.randomness import integer_seed
@@ -89,7 +90,7 @@ class OpenVLAOFT(Policy):
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
         """Decide by the inverse of each token's cumulative distribution at K uniform numbers per row."""
         with torch.inference_mode():
-            logits = self._logits(observation)
+            logits = self._head(unwrap(self.model)(*self._inputs(observation)))
             drawn = None if temperature == 0 else np.stack([one.random(self.config.tokens) for one in rng])
             sample, log_prob = choose(logits, temperature, drawn)
         choice = sample.cpu().numpy()
@@ -97,8 +98,7 @@ class OpenVLAOFT(Policy):
 
     def log_prob(self, batch: Batch) -> Tensor:
         """Log-probability of each token of `batch.sample`, float32 [N, K]."""
-        logits = self.logits(batch) / batch.temperature
-        return _gather(logits.log_softmax(-1), torch.from_numpy(batch.sample).to(logits.device))
+        return _log_prob(self.logits(batch), batch)
 
     def imitation_loss(self, batch: Batch) -> Tensor:
         """Cross-entropy of `batch.sample`, float32 [N], the mean over each row's unmasked tokens."""
@@ -108,7 +108,20 @@ class OpenVLAOFT(Policy):
 
     def logits(self, batch: Batch) -> Tensor:
         """Raw logits of the action bins, float32 [N, K, bins], in the order of `sample`."""
-        return self._logits(batch.observation)
+        return self._head(self._states(batch))
+
+    def add_value_head(self, seed: int) -> None:
+        """A perceptron, in float32, on the hidden state that the first action token is read from."""
+        self.value_head = new_value_head(self.config.language.width, seed).to(self.device)
+
+    def value(self, batch: Batch) -> Tensor:
+        """Values of the observations, float32 [N]."""
+        return self._value(self._states(batch))
+
+    def log_prob_and_value(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Both from one forward pass."""
+        states = self._states(batch)
+        return _log_prob(self._head(states), batch), self._value(states)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Tokens for the mean action of each held window of `actions` [N, C, D]; int64 [N, K]."""
@@ -130,12 +143,23 @@ class OpenVLAOFT(Policy):
         actions = _gripper_command(actions) if config.gripper == "libero" else actions
         return np.repeat(actions, config.hold, axis=1)
 
-    def _logits(self, observation: Observation) -> Tensor:
-        logits: Tensor = unwrap(self.model)(*self._inputs(observation))
+    def _states(self, batch: Batch) -> Tensor:
+        """Hidden states that the action tokens are read from, [N, K, width]; the first one knows no action."""
+        states: Tensor = unwrap(self.model)(*self._inputs(batch.observation))
+        return states
+
+    def _head(self, states: Tensor) -> Tensor:
+        """Logits of the action bins, float32 [N, K, bins]."""
+        logits: Tensor = unwrap(self.model).language_model.lm_head(states)  # type: ignore[operator,union-attr]
         return logits.float()
 
+    def _value(self, states: Tensor) -> Tensor:
+        assert self.value_head is not None, "add_value_head comes first"
+        value: Tensor = self.value_head(states[:, 0].float())
+        return value
+
     def _inputs(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pixels, prompt, its mask and the state, as `OpenVLAOFTModel.hidden` wants them."""
+        """Pixels, prompt, its mask and the state, as `OpenVLAOFTModel` wants them."""
         config, device = self.config, self.device
         views = observation.images.shape[1]
         if views != config.views:
@@ -273,6 +297,12 @@ def choose(logits: Tensor, temperature: float, uniform: np.ndarray | None) -> tu
     log_probs = (logits / temperature).log_softmax(-1)
     sample = _inverse_cdf(log_probs, uniform)
     return sample, _gather(log_probs, sample)
+
+
+def _log_prob(logits: Tensor, batch: Batch) -> Tensor:
+    """Log-probability of `batch.sample` at its temperature, [N, K]."""
+    log_probs = (logits / batch.temperature).log_softmax(-1)
+    return _gather(log_probs, torch.from_numpy(batch.sample).to(logits.device))
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:

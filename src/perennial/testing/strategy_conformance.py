@@ -20,13 +20,15 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from perennial.learning.optimizer import AdamWConfig, build_optimizer, optimised
+from perennial.learning.ppo import PPO
 from perennial.policies.base import Batch, Observation
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.randomness import stream
 from perennial.rollout.collect import Environments, play
-from perennial.rollout.trajectory import Episode, Trajectory, to_batch
+from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.strategies._composition import Strategies
-from perennial.strategies.base import ParameterGroup, Strategy
+from perennial.strategies.base import Strategy
 from perennial.suites.base import Task
 from perennial.testing.toy import ToyPolicy, ToySuite
 
@@ -50,6 +52,8 @@ class Run:
         self.policy = ToyPolicy(seed=1)
         if self.adapter:
             add_adapter(self.policy, LoRA(rank=4, alpha=4), seed=1)
+        if self.learning == "reinforcement":
+            self.policy.add_value_head(seed=1)
         self.environments = Environments(SUITE, self.policy.image_size)
 
     def teach(self, task: Task, updates: int = 3, first: int = 0, last: bool = True) -> None:
@@ -63,8 +67,8 @@ class Run:
 
     def update(self, task: Task, number: int) -> None:
         """One step of gradient descent in two micro-batches."""
-        groups = self.strategies.parameter_groups(self.policy) or (ParameterGroup(self.policy.trainable()),)
-        optimizer = torch.optim.SGD([{"params": list(g.parameters.values()), "lr": 0.3 * g.scale} for g in groups])
+        groups = build_optimizer(self.policy, self.strategies, AdamWConfig()).param_groups
+        optimizer = torch.optim.SGD([{"params": group["params"], "lr": 0.3 * group["scale"]} for group in groups])
         batch = self.demonstrations(task, number) if self.learning == "imitation" else self.rollouts(task, number)
         rng = stream(1, "update", task.name, number)
         replay = self.strategies.replay_loss(self.policy, rng, len(batch))
@@ -72,7 +76,7 @@ class Run:
             replay.backward()  # type: ignore[no-untyped-call]
         for rows in np.array_split(rng.permutation(len(batch)), 2):
             part = batch.take(rows)
-            loss = self.loss(part) / len(batch)
+            loss = self.loss(part, len(batch))
             penalty = self.strategies.penalty(self.policy, part)
             loss = loss if penalty is None else loss + penalty * (len(part) / len(batch))
             loss.backward()  # type: ignore[no-untyped-call]
@@ -80,12 +84,11 @@ class Run:
         self.strategies.after_step(self.policy)
         optimizer.zero_grad()
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Summed over rows: imitation, or the policy gradient where there are advantages."""
-        if batch.advantage is None:
-            return self.policy.imitation_loss(batch).sum()
-        weight = torch.from_numpy(batch.mask * batch.advantage[:, None])
-        return -(self.policy.log_prob(batch) * weight).sum()
+    def loss(self, part: Batch, rows: int) -> Tensor:
+        """The share that `part` has in the loss of a batch of `rows`."""
+        if self.learning == "imitation":
+            return self.policy.imitation_loss(part).sum() / rows
+        return PPO().loss(self.policy, part)[0]
 
     def demonstrations(self, task: Task, number: int) -> Batch:
         """What the expert would do at 16 random places."""
@@ -96,12 +99,8 @@ class Run:
         return Batch(Observation(images, (task.instructions[0],) * 16, states), sample, np.ones((16, 4), bool))
 
     def rollouts(self, task: Task, number: int) -> Batch:
-        """Decisions of 8 episodes, with the success above the mean as advantage."""
-        trajectories = self.play(task, 8, "rollout", number)
-        advantages = np.array([t.reward for t in trajectories]) - np.mean([t.reward for t in trajectories])
-        batch = to_batch(trajectories, self.policy.token_steps)
-        lengths = [len(t.steps) for t in trajectories]
-        return dataclasses.replace(batch, advantage=np.repeat(advantages, lengths).astype(np.float32))
+        """Decisions of 8 episodes, assessed by the value head."""
+        return PPO().assess(self.policy, self.play(task, 8, "rollout", number))[0]
 
     def play(self, task: Task, count: int, purpose: str, number: int) -> list[Trajectory]:
         """Episodes of the weights that the strategy chooses for `task`."""
@@ -120,15 +119,15 @@ class Run:
             for task in EVALUATED
             for name, value in self.strategies.policy_for(task, self.policy).items()
         }
-        return {name: p.detach().clone() for name, p in self.policy.trainable().items()} | acting
+        return {name: p.detach().clone() for name, p in optimised(self.policy).items()} | acting
 
     def resumed(self) -> Run:
         """Another run that knows only the base, the trained parameters and the strategy's state, through bytes."""
         fresh = tuple(_fresh(member) for member in self.strategies.members)
         other = Run(Strategies(fresh), self.adapter, self.learning)
         with torch.no_grad():
-            for name, parameter in other.policy.trainable().items():
-                parameter.copy_(self.policy.trainable()[name])
+            for name, parameter in optimised(other.policy).items():
+                parameter.copy_(optimised(self.policy)[name])
         state = safetensors.torch.load(safetensors.torch.save(self.strategies.state_dict()))
         other.strategies.load_state_dict(state, other.policy)
         return other
@@ -145,7 +144,7 @@ def _fresh(strategy: Strategy) -> Strategy:
 
 
 def _runs(*members: Make) -> Iterator[Run]:
-    """One run with an adapter and reinforcement, one with full fine-tuning and imitation."""
+    """One run with an adapter and reinforcement (PPO), one with full fine-tuning and imitation."""
     yield Run(Strategies(tuple(make() for make in members)), adapter=True, learning="reinforcement")
     yield Run(Strategies(tuple(make() for make in members)), adapter=False, learning="imitation")
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from perennial import randomness
 from perennial.errors import PerennialError, unknown
+from perennial.policies._value_head import new_value_head
 from perennial.policies.base import ActionChunk, Batch, Observation, Policy
 from perennial.suites import base as suites
 from perennial.suites.base import Environment, Suite, Task
@@ -143,7 +144,7 @@ class ToySuite(Suite):
 
 
 class ToyModel(nn.Module):
-    """Image, instruction and state, added up, through two layers to logits [N, K, bins] and values [N]."""
+    """Image, instruction and state, added up, through two layers to logits [N, K, bins]."""
 
     def __init__(self, hidden: int, words: int, tokens: int, bins: int) -> None:
         super().__init__()
@@ -152,14 +153,13 @@ class ToyModel(nn.Module):
         self.state = nn.Linear(2, hidden)
         self.trunk = nn.Linear(hidden, hidden)
         self.head = nn.Linear(hidden, tokens * bins)
-        self.critic = nn.Linear(hidden, 1)
         self.bins = bins
 
     def forward(self, image: Tensor, words: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Features [N, 16], bag of words [N, words] and positions [N, 2] in; logits and values out."""
+        """Features [N, 16], bag of words [N, words] and positions [N, 2] in; logits and hidden states out."""
         hidden = torch.tanh(self.vision(image) + self.language(words) + self.state(state))
         hidden = torch.tanh(self.trunk(hidden))
-        return self.head(hidden).unflatten(-1, (-1, self.bins)), self.critic(hidden).squeeze(-1)
+        return self.head(hidden).unflatten(-1, (-1, self.bins)), hidden
 
 
 class ToyPolicy(Policy):
@@ -169,9 +169,7 @@ class ToyPolicy(Policy):
     groups: Mapping[str, Sequence[str]] = {
         "vision": ("vision.weight", "vision.bias"),
         "language": ("language.weight", "language.bias"),
-        "action": tuple(
-            f"{layer}.{kind}" for layer in ("state", "trunk", "head", "critic") for kind in ("weight", "bias")
-        ),
+        "action": tuple(f"{layer}.{kind}" for layer in ("state", "trunk", "head") for kind in ("weight", "bias")),
     }
     chunk_steps = 2
     token_steps = np.array([0, 0, 1, 1])
@@ -195,8 +193,8 @@ class ToyPolicy(Policy):
         for row, instruction in enumerate(observation.instructions):
             for word in instruction.lower().split():
                 words[row, zlib.crc32(word.encode()) % self.words] += 1.0
-        logits, value = self.model(image, torch.from_numpy(words), torch.from_numpy(observation.states).float())
-        return logits, value
+        logits, hidden = self.model(image, torch.from_numpy(words), torch.from_numpy(observation.states).float())
+        return logits, hidden
 
     @torch.no_grad()
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
@@ -234,9 +232,15 @@ class ToyPolicy(Policy):
         """Logits of the bins, float32 [N, K, 9]."""
         return self._forward(batch.observation)[0]
 
+    def add_value_head(self, seed: int) -> None:
+        """A linear layer on the hidden state."""
+        self.value_head = new_value_head(self.hidden, seed, hidden=())
+
     def value(self, batch: Batch) -> Tensor:
-        """State values, float32 [N]."""
-        return self._forward(batch.observation)[1]
+        """Values of the observations, float32 [N]."""
+        assert self.value_head is not None, "add_value_head comes first"
+        value: Tensor = self.value_head(self._forward(batch.observation)[1])
+        return value
 
     @classmethod
     def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
