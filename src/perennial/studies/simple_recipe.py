@@ -53,6 +53,7 @@ STUDY = Study(
             section="other recipes",
             published={"avg": 29.9, "gain": -27.0, "nbt": 78.7, "fwt": -53.8, "zs": 1.1, "zs_gain": -50.4},
         ),
+        "ppo": Method({"recipe": "ppo"}, section="other recipes"),
         "full": Method(
             {"policy.adapter": "none", "recipe.grpo.optimizer.learning_rate": "2e-4"}, section="other recipes"
         ),
