@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from perennial import config as module

@@ -111,7 +111,7 @@ class Study:
         from perennial.studies import base
 
         study = base.find(self.study)
-        entries = base.grid(study, self.methods, self.seeds)
+        entries = base.grid(study, tuple(dict.fromkeys(self.methods)), tuple(dict.fromkeys(self.seeds)))
         if self.dry_run:
             for entry in entries:
                 print(entry.command())
@@ -119,7 +119,7 @@ class Study:
         from perennial.reports import study as report
         from perennial.studies import _execution
 
-        folder = self.out or Path("runs") / f"study-{self.study}"
+        folder = (self.out or Path("runs") / f"study-{self.study}").absolute()
         _execution.execute(study, self.study, folder, entries, self.jobs, console)
         report.command(folder, False, console)
 

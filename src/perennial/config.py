@@ -194,6 +194,8 @@ def validate(config: Config) -> Config:
         discovery.load("tracking", tracker)
     _check_gate(config)
     _check_ranges(config)
+    for stage in config.recipe:
+        stage.optimizer.check()
     return config
 
 

@@ -58,6 +58,16 @@ def test_the_cosine_begins_after_the_warm_up_and_ends_at_the_final_rate():
     np.testing.assert_array_less(found[5:13], found[4:12])
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"warmup_steps": 12, "decay_steps": 12}, "decay_steps is 12"), ({"final_learning_rate": 2.0}, "above the")],
+)
+def test_a_schedule_that_makes_no_sense_is_refused(changes, said):
+    with pytest.raises(PerennialError, match=said):
+        AdamWConfig(**changes).check()
+    AdamWConfig(warmup_steps=12, decay_steps=13, final_learning_rate=1e-4).check()
+
+
 def test_the_warm_up_goes_on_after_the_optimiser_was_restored():
     config = AdamWConfig(learning_rate=1.0, warmup_steps=10)
     first, second = (build_optimizer(ToyPolicy(), Strategies(), config) for _ in range(2))

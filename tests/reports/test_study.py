@@ -1,10 +1,12 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 from example_run import write_example
 from rich.console import Console
 
+from perennial import config
 from perennial.errors import PerennialError
 from perennial.reports import study
 from perennial.storage import atomic
@@ -26,6 +28,8 @@ def folder(tmp_path_factory):
         (run / "tasks" / "03-c").mkdir(parents=True)
         (run / "tasks" / "03-c" / "a.safetensors").write_bytes(bytes(1000 + entry.seed))
         _results.write(folder, entry, "toyhouse.study", peak_bytes=5 * 10**8)
+        place = _results.path(folder, entry)  # the example's configuration is no toy run's
+        atomic.write_json(place, json.loads(place.read_text()) | {"config": config.to_json(entry.config())})
     return folder
 
 
@@ -61,6 +65,18 @@ def test_forgetting_after_each_task_ends_with_nbt(folder):
     s = [rates(folder, "sequential", seed, "greedy") for seed in (0, 1)]
     assert lost[0] == pytest.approx(100 * np.mean([x[1, 0] - x[2, 0] for x in s]), abs=0.01)
     assert lost[-1] == pytest.approx(rows["sequential"]["decoders"]["greedy"]["nbt"]["value"], abs=0.01)
+
+
+def test_a_result_of_other_settings_is_not_reported(folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "results", copy / "results")
+    shutil.copy(folder / "study.json", copy)
+    place = copy / "results" / "l2" / "seed0.json"
+    content = json.loads(place.read_text())
+    content["config"]["strategies"][0]["coefficient"] = 7.0
+    place.write_text(json.dumps(content))
+    with pytest.raises(PerennialError, match="made with other settings"):
+        study.figures(copy)
 
 
 def test_cost_is_the_median_over_seeds(folder):

@@ -42,6 +42,9 @@ def test_a_run_is_recognised_by_what_decides_its_result():
     entry = Entry(STUDY, "l2", "given", 0)
     found = config.to_json(entry.config())
     assert entry.matches(found | {"workers": {"backend": "process", "count": 7}, "description": "another"})
+    elsewhere = dataclasses.replace(STUDY, overrides={"policy.checkpoint": "some/base"})
+    stored = {**found, "policy": {**found["policy"], "checkpoint": str(Path("some/base").absolute())}}
+    assert Entry(elsewhere, "l2", "given", 0).matches(stored)
     older = {**found, "recipe": [{k: v for k, v in found["recipe"][0].items() if k != "clip_low"}]}
     assert entry.matches(older)  # made before this setting existed
     assert not entry.matches({**found, "recipe": [found["recipe"][0] | {"iterations": 3}]})
@@ -59,6 +62,7 @@ def test_a_run_is_recognised_by_what_decides_its_result():
         ({"methods": {"x": Method(orders=("backwards",))}, "reference": "x"}, "backwards"),
         ({"methods": {"x": Method()}}, "sequential"),
         ({"methods": {"sequential": Method({"recipe.grpo.grups": "1"})}}, "grups"),
+        ({"methods": {"sequential": Method({"evaluation.decoders": "greedy"})}}, "sets evaluation.decoders"),
     ],
 )
 def test_a_study_that_cannot_work_is_refused(changes, said):

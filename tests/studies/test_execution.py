@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from rich.console import Console
 
 from perennial.cli import main
 from perennial.errors import PerennialError
@@ -117,9 +119,9 @@ def test_a_failed_run_does_not_stop_the_others(done, tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path, done):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(PerennialError, match="is not empty and holds no study"):
-        _execution.claim(STUDY, "toyhouse.study", tmp_path)
+        _execution.claim("toyhouse.study", tmp_path)
     with pytest.raises(PerennialError, match=r"holds the study 'toyhouse.study', not 'other'"):
-        _execution.claim(STUDY, "other", done)
+        _execution.claim("other", done)
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -135,6 +137,51 @@ def test_a_result_made_with_other_settings_is_not_taken_for_this_one(done, tmp_p
     place.write_text("{")
     with pytest.raises(PerennialError, match="damaged"):
         _results.has(tmp_path, entry)
+
+
+def test_a_damaged_study_file_or_number_of_jobs_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(PerennialError, match=r"study\.json cannot be read"):
+        _execution.claim("toyhouse.study", tmp_path)
+    with pytest.raises(SystemExit):
+        main(["study", "toyhouse.study", "-o", str(tmp_path / "new"), "--jobs", "-1"])
+    assert "--jobs is -1" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_preparation_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
+    made = []
+
+    def run(command, check):
+        made.append(command[3])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(_execution.subprocess, "run", run)
+    (tmp_path / "demos").mkdir()
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "manifest.json").write_text("{}")
+    _execution._prepare(STUDY, tmp_path, [Entry(STUDY, "l2", "given", 0)], Console())
+    assert made == ["demos"]
+
+
+def test_an_error_in_the_study_leaves_no_run_behind(done, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    for name in ("base", "demos"):
+        (folder / name).symlink_to(done / name)
+    (folder / "study.json").write_bytes((done / "study.json").read_bytes())
+    started = []
+
+    def fail(folder, entry):
+        started.extend(psutil.Process().children())
+        raise RuntimeError("a full disk, say")
+
+    monkeypatch.setattr(_execution, "_share", fail)
+    with pytest.raises(RuntimeError, match="full disk"):
+        _execution.execute(STUDY, "toyhouse.study", folder, [Entry(STUDY, "l2", "given", 0)], 1, Console())
+    assert started
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in started)
 
 
 def test_a_dry_run_prints_the_commands_and_makes_nothing(tmp_path, capsys, monkeypatch):

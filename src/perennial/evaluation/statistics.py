@@ -1,8 +1,8 @@
 """How sure the numbers are: 95 % intervals for rates and metrics.
 
 One cell has a Wilson score interval. The metrics of one run have a bootstrap over evaluation initial states, paired: a
-resampled state brings its outcomes in all rows with it. Metrics of several runs have a hierarchical bootstrap: runs are
-resampled, and states within each.
+resampled state brings its outcomes in all rows with it. Metrics of several runs have a crossed bootstrap: runs are
+resampled, and so are the states, which all runs share.
 
 A plain bootstrap of 40 successes in 40 episodes gives an interval of width zero. As Agresti and Min (2005, Statistics
 in Medicine 24) do for matched pairs, two pseudo-episodes whose outcomes are fair coin flips, independent in each row,
@@ -67,7 +67,7 @@ def summary(matrix: SuccessMatrix) -> Summary:
 
 
 def summary_of_runs(matrices: Sequence[SuccessMatrix]) -> Summary:
-    """Means of all metrics over runs that differ in their seed, with hierarchical bootstrap intervals.
+    """Means of all metrics over runs that differ in their seed, with crossed bootstrap intervals.
 
     Few runs give narrow intervals: with three, the spread between runs is itself hardly known.
 
@@ -80,7 +80,7 @@ def summary_of_runs(matrices: Sequence[SuccessMatrix]) -> Summary:
         raise PerennialError("The runs teach different tasks, so their mean says nothing; summarise them separately.")
     if len(matrices) == 1:
         return summary(matrices[0])
-    resampled = [_resampled_rates([m], RESAMPLES * len(matrices), ("runs",))[0] for m in matrices]
+    resampled = [_resampled_rates([m], RESAMPLES, ("runs",))[0] for m in matrices]  # one key, so the same states
     return {
         name: _pooled(
             [_value(metric, m) for m in matrices],
@@ -101,16 +101,16 @@ def difference(first: SuccessMatrix, second: SuccessMatrix) -> Summary:
     """
     pair = _common(first, second)
     estimates: Summary = {}
-    for name, (value, spread) in _differences(pair, RESAMPLES).items():
+    for name, (value, spread) in _differences(pair).items():
         count = sum(_episodes_behind(METRICS[name], m) for m in pair)
         estimates[name] = None if value is None else _estimate(value, spread, count)
     return estimates
 
 
 def mean_difference(pairs: Sequence[Pair]) -> Summary:
-    """The mean of `difference` over pairs of runs that share their seed, with hierarchical bootstrap intervals.
+    """The mean of `difference` over pairs of runs that share their seed, with crossed bootstrap intervals.
 
-    Pairs are resampled, and within each the states, which are the same in both of its runs.
+    Pairs are resampled, and so are the states, which are the same in all runs.
 
     Raises:
         PerennialError: no pair is given, or the runs of one have no task in common.
@@ -119,7 +119,7 @@ def mean_difference(pairs: Sequence[Pair]) -> Summary:
         raise PerennialError("There is no pair of runs to compare; give at least one.")
     if len(pairs) == 1:
         return difference(*pairs[0])
-    found = [_differences(_common(*pair), RESAMPLES * len(pairs)) for pair in pairs]
+    found = [_differences(_common(*pair)) for pair in pairs]
     return {name: _pooled([f[name][0] for f in found], [f[name][1] for f in found]) for name in METRICS}
 
 
@@ -138,9 +138,9 @@ def _common(first: SuccessMatrix, second: SuccessMatrix) -> Pair:
     return first.restricted(trained, held_out, episodes), second.restricted(trained, held_out, episodes)
 
 
-def _differences(pair: Pair, resamples: int) -> dict[str, tuple[float | None, np.ndarray]]:
+def _differences(pair: Pair) -> dict[str, tuple[float | None, np.ndarray]]:
     """By metric: second minus first as measured, and in each resample."""
-    resampled = _resampled_rates(pair, resamples, ("difference",))
+    resampled = _resampled_rates(pair, RESAMPLES, ("difference",))
     found: dict[str, tuple[float | None, np.ndarray]] = {}
     for name, metric in METRICS.items():
         values = [_value(metric, m) for m in pair]
@@ -151,16 +151,13 @@ def _differences(pair: Pair, resamples: int) -> dict[str, tuple[float | None, np
 
 
 def _pooled(values: Sequence[float | None], spreads: Sequence[np.ndarray]) -> Estimate | None:
-    """The mean over runs; `spreads` [RESAMPLES * runs] each, as every slot of a resample gets its own draw of states.
-
-    None where one of the runs has no value.
-    """
+    """The mean over runs, resampled; `spreads` [RESAMPLES] each, of the same draws of states. None without a value."""
     known, runs = [value for value in values if value is not None], len(values)
     if len(known) < runs:
         return None
-    chosen = stream(0, "bootstrap", "seeds").integers(runs, size=RESAMPLES * runs)
-    slots = np.stack(spreads)[chosen, np.arange(RESAMPLES * runs)].reshape(RESAMPLES, runs)
-    return _estimate(float(np.mean(known)), slots.mean(axis=1), runs)
+    chosen = stream(0, "bootstrap", "seeds").integers(runs, size=(RESAMPLES, runs))
+    resampled = np.stack(spreads)[chosen, np.arange(RESAMPLES)[:, None]].mean(axis=1)
+    return _estimate(float(np.mean(known)), resampled, runs)
 
 
 def _resampled_rates(matrices: Sequence[SuccessMatrix], resamples: int, key: Key) -> list[np.ndarray]:

@@ -39,6 +39,23 @@ class AdamWConfig:
     max_grad_norm: float = 1.0
     micro_batch: int = 256
 
+    def check(self) -> None:
+        """See that the schedule makes sense.
+
+        Raises:
+            PerennialError: it does not.
+        """
+        if 0 < self.decay_steps <= self.warmup_steps:
+            raise PerennialError(
+                f"decay_steps is {self.decay_steps}, but the warm-up takes {self.warmup_steps} steps; "
+                "let the learning rate decay later, or warm up for fewer steps."
+            )
+        if self.final_learning_rate > self.learning_rate:
+            raise PerennialError(
+                f"final_learning_rate is {self.final_learning_rate}, above the learning_rate {self.learning_rate}; "
+                "lower it."
+            )
+
 
 def optimised(policy: Policy) -> dict[str, nn.Parameter]:
     """Everything that an optimiser moves, by name: what learns of the policy, and its value head if it has one.

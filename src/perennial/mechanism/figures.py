@@ -69,7 +69,7 @@ def scope(run: Path, tasks: Sequence[str]) -> Scope:
         PerennialError: it is no run, has learned nothing yet, or has no such task.
     """
     record = read(run)
-    done = len(list((run / "tasks").glob("[0-9]*-*")))
+    done = sum(not folder.name.startswith("00-") for folder in (run / "tasks").glob("[0-9]*-*"))  # 00 is the base
     if not done:
         raise PerennialError(f"{run} has not learned a task yet; continue it by `perennial resume {run}`.")
     taught = tuple(task for phase in record.phases[:done] for task in phase)

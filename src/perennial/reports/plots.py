@@ -81,7 +81,7 @@ def trade_off(name: str, points: Sequence[tuple[str, Mapping[str, float], Mappin
     for at in (axes.axhline, axes.axvline):
         at(0, color=FAINT, linewidth=1)
     for label, gain, lost in points:
-        errors = [[[e["value"] - e["low"]], [e["high"] - e["value"]]] for e in (gain, lost)]
+        errors = [[[max(0, e["value"] - e["low"])], [max(0, e["high"] - e["value"])]] for e in (gain, lost)]
         axes.errorbar(
             gain["value"], lost["value"], xerr=errors[0], yerr=errors[1], color=LINE, ecolor=FAINT, elinewidth=1,
             marker="o", markersize=4.5,

@@ -18,7 +18,7 @@ from perennial.reports import page, plots, words
 from perennial.reports.summary import percent
 from perennial.storage import atomic
 from perennial.studies import base
-from perennial.studies._results import Result, load
+from perennial.studies._results import Result, has, load, path, study_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,22 +53,25 @@ def figures(folder: Path) -> dict[str, Any]:
     """What `perennial report STUDY --json` prints.
 
     Returns:
-        `study`, `description`, `preset`, `reference`, `source`, `decoders`, `missing` (runs without a result), and
+        `study`, `description`, `preset`, `reference`, `source`, `decoders`, `environments` (the machines that results
+        were made on), `missing` (runs without a result), and
         `rows`, one for each method and order with a result: `row`, `section`, `seeds`, `overrides`, `commands`,
         `published` (metric -> percentage points), `cost` (medians over seeds, see `studies._results.Result`) and
         `decoders`, which has for each decoder the metrics over seeds, `versus` (their difference to the reference on
         common seeds; None for the reference itself) and `forgetting`, the points lost on average on earlier tasks
-        after each task. Metrics are `{value, low, high, n}` in percentage points or None; n counts seeds.
+        after each task. Metrics are `{value, low, high, n}` in percentage points or None;
+        n counts seeds, or evaluation episodes where there is one seed.
     """
-    study = base.find(_name(folder))
+    name = study_name(folder)
+    study = base.find(name)
     results = _results(folder, study)
     if not results:
-        raise PerennialError(f"The study in {folder} has no result yet; run it by `perennial study {_name(folder)}`.")
+        raise PerennialError(f"The study in {folder} has no result yet; run it by `perennial study {name}`.")
     entries = {entry.row: entry for entry in base.grid(study)}
     reference = results.get(study.reference, {})
     one = next(iter(next(iter(results.values())).values()))
     return {
-        "study": _name(folder),
+        "study": name,
         "description": study.description,
         "preset": study.preset,
         "reference": study.reference,
@@ -80,20 +83,12 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def _name(folder: Path) -> str:
-    try:
-        return str(json.loads((folder / "study.json").read_bytes())["study"])
-    except (OSError, ValueError, KeyError) as error:
-        raise PerennialError(f"{folder} holds no study: its study.json cannot be read ({error}).") from None
-
-
 def _results(folder: Path, study: base.Study) -> dict[str, dict[int, Result]]:
     """Row -> seed -> result, in the study's order; results that the study does not know are left out."""
     found: dict[str, dict[int, Result]] = {}
     for entry in base.grid(study):
-        place = folder / "results" / f"{entry.name}.json"
-        if place.exists():
-            found.setdefault(entry.row, {})[entry.seed] = load(place)
+        if has(folder, entry):
+            found.setdefault(entry.row, {})[entry.seed] = load(path(folder, entry))
     return found
 
 
@@ -202,7 +197,7 @@ def _table(found: Mapping[str, Any], decoder: str) -> Any:
     from rich.markup import escape
     from rich.table import Column, Table
 
-    title = f"{found['description']}, {decoder}: percentage points with 95 % intervals over seeds"
+    title = f"{found['description']}, {decoder}: percentage points with 95 % intervals"
     table = Table(
         *(Column(name, no_wrap=True) for name in ("method", "n", *SHORT.values())),
         title=escape(title),

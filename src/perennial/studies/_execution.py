@@ -6,7 +6,6 @@ depend on how many run beside it.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -28,6 +27,7 @@ from perennial.errors import PerennialError
 from perennial.interrupt import InterruptedRunError
 from perennial.reports.record import read
 from perennial.storage import atomic, lock
+from perennial.storage.atomic import MANIFEST
 from perennial.storage.run_folder import RunFolder
 from perennial.studies import _results
 from perennial.studies.base import FOLDER, Entry, Study
@@ -43,16 +43,19 @@ class _Job:
     core: int
     process: subprocess.Popen[bytes]
     bar: TaskID
+    resumed: bool
 
 
 def execute(study: Study, name: str, folder: Path, entries: Sequence[Entry], jobs: int, console: Console) -> None:
-    """Make every missing result of `entries`, `jobs` runs at a time (0: one per core).
+    """Make every missing result of `entries`, `jobs` runs at a time (0: one per core); `folder` is absolute.
 
     Raises:
         PerennialError: the folder is another study's, or some runs failed; the others are finished all the same.
         InterruptedRunError: Ctrl-C; what was under way is committed.
     """
-    claim(study, name, folder)
+    if jobs < 0:
+        raise PerennialError(f"--jobs is {jobs}, but it must be 1 or more, or 0 for one per core.")
+    claim(name, folder)
     with lock.acquire(folder):
         missing = [entry for entry in entries if not _results.has(folder, entry)]
         console.print(f"{len(entries) - len(missing)} of {len(entries)} runs of the study are done.", highlight=False)
@@ -65,15 +68,15 @@ def execute(study: Study, name: str, folder: Path, entries: Sequence[Entry], job
         )
 
 
-def claim(study: Study, name: str, folder: Path) -> None:
-    """Make `folder` this study's, with a study.json.
+def claim(name: str, folder: Path) -> None:
+    """Make `folder` that of the study called `name`, with a study.json.
 
     Raises:
         PerennialError: it belongs to another study or holds something else.
     """
     header = folder / "study.json"
     if header.exists():
-        found = json.loads(header.read_bytes())["study"]
+        found = _results.study_name(folder)
         if found != name:
             raise PerennialError(f"{folder} holds the study {found!r}, not {name!r}; choose another folder.")
         return
@@ -89,7 +92,7 @@ def _prepare(study: Study, folder: Path, missing: Sequence[Entry], console: Cons
     methods = {entry.method for entry in missing}
     for preparation in study.preparations:
         needed = methods if preparation.needed_by == ("*",) else methods.intersection(preparation.needed_by)
-        if (folder / preparation.path).exists() or not needed:
+        if (folder / preparation.path / MANIFEST).exists() or not needed:
             continue
         arguments = [part.replace(FOLDER, str(folder)) for part in preparation.arguments]
         console.print(f"Preparing {preparation.path}", highlight=False)
@@ -119,7 +122,7 @@ def _work(name: str, folder: Path, missing: Sequence[Entry], jobs: int, console:
                     progress.remove_task(job.bar)
                     done += 1
                     if status == 0:
-                        _results.write(folder, job.entry, name, peak)
+                        _results.write(folder, job.entry, name, 0 if job.resumed else peak)
                     else:
                         failed.append(job.entry)
                     word = "done" if status == 0 else f"[red]failed[/red], see {escape(str(_log(folder, job.entry)))}"
@@ -134,7 +137,8 @@ def _work(name: str, folder: Path, missing: Sequence[Entry], jobs: int, console:
 def _start(folder: Path, entry: Entry, core: int, progress: Progress) -> _Job:
     """Begin or resume a run on one core."""
     run = folder / "runs" / entry.name
-    if (run / "run.json").exists():
+    resumed = (run / "run.json").exists()
+    if resumed:
         _check_same(run, folder, entry)
         arguments = ["resume", str(run)]
     else:
@@ -153,7 +157,8 @@ def _start(folder: Path, entry: Entry, core: int, progress: Progress) -> _Job:
             )
     finally:
         os.sched_setaffinity(0, everything)
-    return _Job(entry, core, process, progress.add_task(escape(entry.name), total=1.0, completed=0, before=0.0))
+    bar = progress.add_task(escape(entry.name), total=1.0, completed=0, before=0.0)
+    return _Job(entry, core, process, bar, resumed)
 
 
 def _check_same(run: Path, folder: Path, entry: Entry) -> None:
@@ -188,7 +193,7 @@ def _share(folder: Path, entry: Entry) -> float:
 
 @contextmanager
 def _stopping(working: list[_Job]) -> Iterator[None]:
-    """Turn an interrupt into one clean stop of every run, and wait for them."""
+    """Whatever goes wrong, stop every run cleanly and wait for it; an interrupt becomes a sentence."""
 
     def ask(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -196,11 +201,13 @@ def _stopping(working: list[_Job]) -> Iterator[None]:
     former = signal.signal(signal.SIGTERM, ask)
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException as error:
         for job in working:
             job.process.send_signal(signal.SIGTERM)
         for job in working:
             job.process.wait()
+        if not isinstance(error, KeyboardInterrupt):
+            raise
         raise InterruptedRunError(
             "Stopped with everything committed; repeat the command to go on with the study."
         ) from None

@@ -27,9 +27,10 @@ class Result:
         row, seed: its place in the study's tables.
         matrices: (variant, decoder) -> the success matrix, in the order in which they were evaluated.
         training: for each phase the success of the training episodes by iteration, in [0, 1]; empty without episodes.
-        cost: `rollout_seconds`, `update_seconds`, `evaluation_seconds`, `commit_seconds`; `train_env_steps`,
-            `evaluation_env_steps`; `peak_bytes`, the largest resident set of one of its processes; `kept_bytes`,
-            what is carried from the last task to a next one.
+        cost: `rollout_seconds`, `update_seconds`, `evaluation_seconds`, `gate_seconds`, `commit_seconds`;
+            `train_env_steps`, `evaluation_env_steps` (with those of the gate); `peak_bytes`, the largest resident set
+            of one of its processes, 0 where it was not measured in one piece; `kept_bytes`, what is carried from the
+            last task to a next one.
         content: the whole file.
     """
 
@@ -70,6 +71,20 @@ def write(folder: Path, entry: Entry, study: str, peak_bytes: int) -> None:
         ],
     }
     atomic.write_json(path(folder, entry), content)
+
+
+def study_name(folder: Path) -> str:
+    """The name of the study in `folder`.
+
+    Raises:
+        PerennialError: there is none, or its study.json is damaged.
+    """
+    try:
+        return str(json.loads((folder / "study.json").read_bytes())["study"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise PerennialError(
+            f"{folder} holds no study: its study.json cannot be read ({error}); choose another folder."
+        ) from None
 
 
 def has(folder: Path, entry: Entry) -> bool:
@@ -137,11 +152,13 @@ def _cost(record: Record) -> dict[str, float]:
     parts = ("rollout_seconds", "update_seconds", "commit_seconds")
     seconds = {part: sum(line.get(part, 0.0) for line in record.timings) for part in parts}
     evaluations = [line for line in record.timings if line.get("event") == "evaluation"]
+    gates = [line for line in record.timings if line.get("event") == "gate"]
     return {
         **{part: round(value, 1) for part, value in seconds.items()},
         "evaluation_seconds": round(sum(line["seconds"] for line in evaluations), 1),
+        "gate_seconds": round(sum(line["evaluation_seconds"] for line in gates), 1),
         "train_env_steps": sum(line["env_steps"] for line in record.iterations),
-        "evaluation_env_steps": sum(line["env_steps"] for line in evaluations),
+        "evaluation_env_steps": sum(line["env_steps"] for line in (*evaluations, *gates)),
     }
 
 

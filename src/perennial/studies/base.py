@@ -46,7 +46,7 @@ class Preparation:
     """Something that runs need beforehand, such as demonstrations: made once by one command.
 
     Attributes:
-        path: what the command makes, within the study's folder.
+        path: the folder that the command makes, within the study's; it is complete once it has a manifest.
         arguments: of `perennial`; `{folder}` stands for the study's folder.
         needed_by: methods that need it, only "*" for all.
     """
@@ -127,7 +127,10 @@ class Entry:
 
         Settings that Perennial did not have when the run was made do not count.
         """
-        wanted = configuration.to_json(self.config())
+        wanted: dict[str, Any] = configuration.to_json(self.config())
+        checkpoint = wanted["policy"]["checkpoint"]
+        if not checkpoint.startswith(("bundled:", FOLDER)):  # a run writes down where it was
+            wanted["policy"] = {**wanted["policy"], "checkpoint": str(Path(checkpoint).absolute())}
         return all(_agree(found[key], wanted.get(key)) for key in found if key not in ("workers", "description"))
 
 
@@ -190,6 +193,12 @@ def _check(study: Study, entries: Sequence[Entry]) -> None:
     if study.reference not in study.methods:
         raise unknown("method of the study", study.reference, study.methods)
     for entry in entries:
+        for key in study.methods[entry.method].overrides:
+            if key.split(".")[0] in ("evaluation", "seed", "tasks"):
+                raise PerennialError(
+                    f"The method {entry.method!r} sets {key}, which must be the same in all runs that are compared; "
+                    "set it in the overrides of the study."
+                )
         if entry.order != GIVEN and entry.order not in study.orders:
             raise unknown(f"order of tasks for {entry.method!r}", entry.order, [GIVEN, *study.orders])
         entry.config()
