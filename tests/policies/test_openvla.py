@@ -189,18 +189,20 @@ def test_the_official_layout_has_a_stop_token_after_the_slots(published, tmp_pat
     path = folder / "perennial.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layout": "official", "chunk": 2}))
     official, inputs = OpenVLAOFT.load(folder), []
-    layers = official.model.language_model.model.layers
-    layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    layers[-1].input_layernorm.register_forward_hook(lambda _, args, out: inputs.append(out))
-    empty = Batch(OBSERVATION, np.zeros((4, 14), np.int64), np.ones((4, 14), bool))
+    network, one = official.model, OBSERVATION.take(np.zeros(1, np.int64))
+    hook = network.language_model.model.layers[0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    batch = Batch(one, np.zeros((1, 14), np.int64), np.ones((1, 14), bool))
     with torch.no_grad():
-        logits = official.logits(empty)
-        network = official.model
-        assert torch.equal(inputs[0][:, -1], network.language_model.model.embed_tokens.weight[[2] * 4])
-        assert (inputs[0][:, -15:-1] == 0).all()
-        rl = OpenVLAOFT(dataclasses.replace(official.config, stop_token_id=None), official.tokenizer, network)
+        logits = official.logits(batch)
+        hook.remove()
+        (sequence,) = inputs
+        assert torch.equal(sequence[0, -1], network.language_model.model.embed_tokens.weight[2])
+        assert (sequence[:, -15:-1] == 0).all()
+        everywhere = torch.zeros(1, 1, sequence.shape[1], sequence.shape[1])
+        states = network.language_model.model(inputs_embeds=sequence, attention_mask=everywhere).last_hidden_state
+        torch.testing.assert_close(logits, network.language_model.lm_head(states[:, -16:-2]), atol=1e-4, rtol=1e-4)
         network.stop_token_id = None
-        assert (rl.logits(empty) - logits).abs().amax(dim=(0, 2)).min() > 1e-5
+        assert (official.logits(batch) - logits).abs().amax(dim=(0, 2)).min() > 1e-5
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path):
