@@ -79,7 +79,7 @@ def test_what_is_not_in_the_study_is_refused():
         base.find("simple_recip")
 
 
-@pytest.mark.parametrize("name", ["simple_recipe", "strategy_strength"])
+@pytest.mark.parametrize("name", ["demo", "simple_recipe", "strategy_strength"])
 def test_every_run_of_a_built_in_study_passes_the_checks_that_need_no_files(name):
     study = base.find(name)
     for entry in base.grid(study):
