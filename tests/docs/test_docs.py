@@ -19,7 +19,7 @@ from perennial import cli
 from perennial.testing import strategy_conformance
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "REPRODUCE.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^ *```(bash|console|sh|shell) *\n(.*?)^ *``` *$", re.MULTILINE | re.DOTALL)
 PYTHON_FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
@@ -82,11 +82,16 @@ DOCUMENTED = [
 
 
 @pytest.mark.parametrize("words", DOCUMENTED)
-def test_every_documented_command_is_understood(words, monkeypatch):
+def test_every_documented_command_is_understood(words, monkeypatch, capsys):
     program, *arguments = words
     if program == "make":
         tried = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         assert tried.returncode == 0, tried.stderr
+        return
+    if any(word.startswith("hub:") for word in arguments):  # what it lacks is the download, which comes last
+        with pytest.raises(SystemExit):
+            understood(arguments, monkeypatch)
+        assert "is not on this disk; download it with" in capsys.readouterr().err
         return
     understood(arguments, monkeypatch)
 
