@@ -88,7 +88,7 @@ def test_every_documented_command_is_understood(words, monkeypatch, capsys):
         tried = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         assert tried.returncode == 0, tried.stderr
         return
-    if any(word.startswith("hub:") for word in arguments):  # what it lacks is the download, which comes last
+    if any(word.startswith("hub:") for word in arguments):  # all that it lacks is the download
         with pytest.raises(SystemExit):
             understood(arguments, monkeypatch)
         assert "is not on this disk; download it with" in capsys.readouterr().err

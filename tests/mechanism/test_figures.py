@@ -12,6 +12,7 @@ from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.optimizer import AdamWConfig
 from perennial.mechanism import command
+from perennial.mechanism.figures import scope
 from perennial.policies.lora import merged_weights
 from perennial.rollout.workers import InlineWorkers
 from perennial.storage.cells import Cell
@@ -319,3 +320,10 @@ def test_a_run_that_has_learned_nothing_yet_is_refused(run, tmp_path, capsys):
         command.scope(new, ())
     with pytest.raises(PerennialError, match="is not a run folder"):
         command.scope(tmp_path, ())
+
+
+def test_the_base_that_a_gate_keeps_is_no_task(run, tmp_path):
+    gated = tmp_path / "gated"
+    shutil.copytree(run, gated)
+    shutil.copytree(gated / "tasks" / "01-left", gated / "tasks" / "00-base")
+    assert scope(gated, ()).done == scope(run, ()).done == 2
