@@ -262,11 +262,11 @@ class Merge:
     """How to merge."""
     alpha: float = 0.8
     """Weight of what the fine-tuning changed, from 0 (base) to 1 (fine-tuned)."""
-    vision: float | None = None
+    vision: Annotated[float | None, tyro.conf.arg(name="alpha.vision")] = None
     """Alpha of the vision parameters, where it differs."""
-    language: float | None = None
+    language: Annotated[float | None, tyro.conf.arg(name="alpha.language")] = None
     """Alpha of the language parameters, where it differs."""
-    action: float | None = None
+    action: Annotated[float | None, tyro.conf.arg(name="alpha.action")] = None
     """Alpha of the action parameters, where it differs."""
     extrapolate: bool = False
     """Allow an alpha outside 0 to 1."""

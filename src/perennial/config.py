@@ -165,7 +165,8 @@ def validate(config: Config) -> Config:
         if task not in suite.tasks:
             raise unknown(f"task in suite {config.suite!r}", task, suite.tasks)
     _check_tasks(config.tasks)
-    for variant in config.evaluation.variants:
+    played = (variant for strategy in config.strategies for variant in sorted(strategy.variants()))
+    for variant in (*config.evaluation.variants, *played):
         if variant not in suite.variants:
             raise unknown(f"variant in suite {config.suite!r}", variant, suite.variants)
     for name, chosen in (("decoders", config.evaluation.decoders), ("variants", config.evaluation.variants)):

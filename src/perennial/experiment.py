@@ -8,7 +8,6 @@ random streams, and the result is the same bit for bit.
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -98,6 +97,9 @@ def _learn_phase(session: Session, phase: int) -> None:
     torch.set_num_threads(learner_threads())  # also where no iteration was left to learn: rounding depends on it
     for task in tasks:
         session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, task))
+        for strategy, account in session.strategies.accounts().items():
+            place = {"task": task.name, "task_index": phase + 1, "strategy": strategy}
+            session.folder.log("metrics", {"event": "strategy", **place, **account})
     gating.pass_gate(session, phase)
     session.folder.save_task(phase + 1, label(names), session.write_learned)
     session.commit(Cursor(phase + 1))
@@ -127,13 +129,31 @@ def _finish_iteration(session: Session, phase: int, stage: int, total: int, done
     session.commit(Cursor(phase, stage, done.number + 1))
 
 
-def _collect(session: Session, phase: int, task: Task, count: int) -> list[Trajectory]:
-    """Play `count` sampled episodes of the task just learned, for a strategy's memory."""
+def _collect(
+    session: Session,
+    phase: int,
+    learned: Task,
+    count: int,
+    task: str | None = None,
+    variant: str = "id",
+    first: int = 0,
+) -> list[Trajectory]:
+    """Play sampled training episodes after phase `phase`, for a strategy; see `strategies.base.Collect`."""
     session.workers.broadcast(session.policy.acting_weights())
-    temperature = session.config.evaluation.temperature
+    played = learned if task is None else session.suite.tasks[task]
+    temperature, place = session.config.evaluation.temperature, () if variant == "id" else (variant,)
     episodes = [
-        Episode(task.name, "id", "training", i, words, temperature, ("after", phase, task.name, i), group=i)
-        for i, words in zip(range(count), itertools.cycle(task.instructions), strict=False)
+        Episode(
+            task=played.name,
+            variant=variant,
+            split="training",
+            initial_state=i,
+            instruction=played.instructions[i % len(played.instructions)],
+            temperature=temperature,
+            key=("after", phase, played.name, *place, i),
+            group=i,
+        )
+        for i in range(first, first + count)
     ]
     return session.workers.collect(episodes)
 

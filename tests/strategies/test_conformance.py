@@ -10,6 +10,7 @@ from perennial.strategies.kl_anchor import KLAnchor
 from perennial.strategies.l2 import L2
 from perennial.strategies.merge import Merge
 from perennial.strategies.replay import Replay
+from perennial.strategies.retain import Retain
 from perennial.strategies.sequential import Sequential
 from perennial.strategies.slca import SLCA
 from perennial.testing.strategy_conformance import CHECKS
@@ -31,6 +32,9 @@ CASES = {
     "slca": SLCA,
     "ema": lambda: EMA(decay=0.7),
     "merge": lambda: Merge(alpha=0.7, language=0.2),
+    "retain": lambda: Retain(alpha=(0.7,), language=(0.2,)),
+    "retain searched": lambda: Retain(alpha=(0.2, 0.9), variant="ood_val", judged="taught", episodes=6),
+    "retain parallel": lambda: Retain(alpha=(0.7,), chain="parallel"),
     "expansion": Expansion,
     "expansion last": lambda: Expansion(held_out="last"),
     "expansion nearest": lambda: Expansion(held_out="nearest"),

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from perennial.evaluation.statistics import wilson
-from perennial.reports import plots, words
+from perennial.reports import merging, plots, words
 from perennial.reports.record import Record, read
 from perennial.reports.summary import percent, report
 from perennial.storage import atomic
@@ -79,6 +79,7 @@ def _render(record: Record) -> str:
         temperature=record.config["evaluation"]["temperature"],
         maps=[heat_map(record, variant, decoder) for variant, decoder in record.matrices],
         gate=_gate(record),
+        merges=merging.merges(record),
         videos=_videos(record),
         curves=_learning_curves(record),
         diagnostics=_diagnostics(record),

@@ -26,6 +26,7 @@ class Record:
         matrices: (variant, decoder) -> the success matrix, cells missing where they are not evaluated yet.
         iterations: the iteration lines of metrics.jsonl.
         gates: the lines of metrics.jsonl that say what the gate did, see `gating`.
+        accounts: the lines of metrics.jsonl that say what strategies did after a task, see `Strategy.account`.
         timings: the lines of timings.jsonl.
         videos: task -> row -> video file.
     """
@@ -38,6 +39,7 @@ class Record:
     matrices: Mapping[tuple[str, str], SuccessMatrix]
     iterations: Sequence[Mapping[str, Any]]
     gates: Sequence[Mapping[str, Any]]
+    accounts: Sequence[Mapping[str, Any]]
     timings: Sequence[Mapping[str, Any]]
     videos: Mapping[str, Mapping[int, Path]]
 
@@ -136,6 +138,7 @@ def read(folder: Path) -> Record:
         matrices={(v, d): SuccessMatrix.from_run(run, d, v) for v, d in cases},
         iterations=[row for row in run.rows("metrics") if row.get("event") == "iteration"],
         gates=[row for row in run.rows("metrics") if row.get("event") == "gate"],
+        accounts=[row for row in run.rows("metrics") if row.get("event") == "strategy"],
         timings=run.rows("timings"),
         videos=videos,
     )

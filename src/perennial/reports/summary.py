@@ -24,7 +24,8 @@ def report_json(folder: Path) -> dict[str, Any]:
         each `{value, low, high, n}` in percentage points or None where it is undefined; and `matrix` with `rows` (what
         had just been taught), `columns`, `trained` (how many columns are taught; the others are held out), `rates` in
         percent, None where not evaluated, and `n`, the episodes of a cell. `decoders` has the same for each decoder.
-        `gates` tells for every task that went through the gate which share of its update was `kept`, and why.
+        `gates` tells for every task that went through the gate which share of its update was `kept`, and why;
+        `accounts` what strategies did after a task, see `Strategy.account`.
         The metrics of an unfinished run are over the tasks that are taught and evaluated so far.
 
     Raises:
@@ -44,6 +45,7 @@ def report(record: Record) -> dict[str, Any]:
         **decoders[record.decoders[0]],
         "decoders": decoders,
         "gates": [{key: value for key, value in row.items() if key != "event"} for row in record.gates],
+        "accounts": [{key: value for key, value in row.items() if key != "event"} for row in record.accounts],
     }
 
 
@@ -65,6 +67,9 @@ def print_summary(folder: Path, console: Console) -> None:
         console.print(f"  {sentence}", highlight=False)
     for row in record.gates:
         console.print(f"  {escape(words.gate(row)[0])}", highlight=False)
+    for row in record.accounts:
+        if row["strategy"] == "retain":
+            console.print(f"  {escape(words.merge(row))}", highlight=False)
     console.print(_metrics_table(figures["decoders"]))
     for decoder in record.decoders:
         console.print(_matrix_table(figures["decoders"][decoder]["matrix"], decoder))

@@ -129,6 +129,22 @@ def _changed(drop: float) -> str:
     return f"{'fell' if drop > 0 else 'rose'} by {points(abs(drop))} points" if round(drop, 1) else "stayed"
 
 
+def coefficients(alpha: Mapping[str, float]) -> str:
+    """Coefficients by group in words; one number where they are the same."""
+    if len(set(alpha.values())) == 1:
+        return f"{alpha['language']:g}"
+    return ", ".join(f"{group} {value:g}" for group, value in alpha.items())
+
+
+def merge(row: Mapping[str, Any]) -> str:
+    """What `retain` did after a task, from its line in the log."""
+    taken = f"Merged {row['task']} with alpha {coefficients(row['alpha'])}"
+    if not row["tried"]:
+        return f"{taken}."
+    episodes = sum(trial["episodes"] for trial in row["tried"])
+    return f"{taken}, the best of {count(len(row['tried']), 'candidate')} in {count(episodes, 'episode')}."
+
+
 def untaught(figures: Mapping[str, Any], tasks: int) -> str:
     """What is still done untaught."""
     level, gain = figures["zs"], figures["zs_gain"]

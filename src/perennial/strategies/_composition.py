@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -57,6 +58,10 @@ class Strategies:
         """See `Strategy.after_task`."""
         for member in self.members:
             member.after_task(task, policy, collect)
+
+    def accounts(self) -> dict[str, Mapping[str, Any]]:
+        """What each member did after the last task, by its name, where there is something to tell."""
+        return {member.name: account for member in self.members if (account := member.account())}
 
     def policy_for(self, task: Task, policy: Policy) -> Mapping[str, Tensor]:
         """The weights that act in `task`: those of the first member with an opinion, else today's."""

@@ -7,9 +7,9 @@ under every objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -18,8 +18,13 @@ from perennial.policies.base import Batch, Policy
 from perennial.rollout.trajectory import Trajectory
 from perennial.suites.base import Task
 
-Collect = Callable[[int], list[Trajectory]]
-"""Plays that many episodes of the task just learned, sampled, from its training states, with today's policy."""
+
+class Collect(Protocol):
+    """Plays episodes with today's policy, sampled, from training states; the same call plays the same episodes."""
+
+    def __call__(self, count: int, task: str | None = None, variant: str = "id", first: int = 0) -> list[Trajectory]:
+        """States `first` to `first + count - 1` of `task`, by default the one just learned."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,10 @@ class Strategy:
 
     def requires(self) -> frozenset[str]:
         """Names of optional policy methods that this strategy calls, for example {"logits"}."""
+        return frozenset()
+
+    def variants(self) -> frozenset[str]:
+        """Names of the suite's variants in which this strategy plays episodes, beside "id"."""
         return frozenset()
 
     def before_task(self, task: Task, policy: Policy) -> None:
@@ -64,6 +73,10 @@ class Strategy:
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Called once after the last stage of `task`: estimate a Fisher, fill a buffer, merge."""
+
+    def account(self) -> Mapping[str, Any]:
+        """What the last `after_task` did that a reader of the report should know, as JSON; {} if nothing."""
+        return {}
 
     def policy_for(self, task: Task, policy: Policy) -> Mapping[str, Tensor]:
         """The weights that act in `task`, by base parameter name."""

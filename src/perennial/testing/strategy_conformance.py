@@ -63,7 +63,13 @@ class Run:
         for number in range(first, updates):
             self.update(task, number)
         if last:
-            self.strategies.after_task(task, self.policy, lambda n: self.play(task, n, "collect", 0))
+
+            def collect(
+                count: int, task: str | None = None, variant: str = "id", first: int = 0, learned: Task = task
+            ) -> list[Trajectory]:
+                return self.play(SUITE.tasks[task] if task else learned, count, "collect", 0, variant, first)
+
+            self.strategies.after_task(task, self.policy, collect)
 
     def update(self, task: Task, number: int) -> None:
         """One step of gradient descent in two micro-batches."""
@@ -102,13 +108,15 @@ class Run:
         """Decisions of 8 episodes, assessed by the value head."""
         return PPO().assess(self.policy, self.play(task, 8, "rollout", number))[0]
 
-    def play(self, task: Task, count: int, purpose: str, number: int) -> list[Trajectory]:
+    def play(
+        self, task: Task, count: int, purpose: str, number: int, variant: str = "id", first: int = 0
+    ) -> list[Trajectory]:
         """Episodes of the weights that the strategy chooses for `task`."""
         actor = ToyPolicy()
         actor.model.load_state_dict(dict(self.strategies.policy_for(task, self.policy)))
         episodes = [
-            Episode(task.name, "id", "training", i, task.instructions[0], 1.0, (purpose, task.name, number, i))
-            for i in range(count)
+            Episode(task.name, variant, "training", i, task.instructions[0], 1.0, (purpose, task.name, number, i))
+            for i in range(first, first + count)
         ]
         return play(actor, self.environments, episodes, seed=1, slots=count)
 
