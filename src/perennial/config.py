@@ -18,6 +18,7 @@ from perennial.errors import PerennialError, unknown
 from perennial.evaluation.gate import Gate
 from perennial.learning.base import Objective
 from perennial.learning.grpo import GRPO
+from perennial.policies._placement import DType, check_placement
 from perennial.policies.base import Policy
 from perennial.policies.lora import LoRA
 from perennial.rollout.workers import WorkerConfig
@@ -43,11 +44,18 @@ class PolicyChoice:
         checkpoint: a folder, `bundled:<name>` for one that comes with Perennial, or `hub:<owner>/<name>` for one that
             `hf download` has put on this disk.
         adapter: the LoRA that learns; None trains every parameter.
+        device: where the policy learns and acts: cpu, cuda or cuda:<number>.
+        dtype: of the base weights, "float32" or "bfloat16"; None takes what the checkpoint asks for. An adapter is
+            always float32.
+        checkpointing: the update keeps less and computes more, see `perennial.policies._placement`.
     """
 
     name: str = "openvla_oft"
     checkpoint: str = "bundled:metaworld-small"
     adapter: LoRA | None = field(default_factory=LoRA)
+    device: str = "cpu"
+    dtype: DType | None = None
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +181,11 @@ def validate(config: Config) -> Config:
         if not chosen or len(set(chosen)) < len(chosen):
             raise PerennialError(f"--evaluation.{name} is {','.join(chosen)!r}, but it needs names, each of them once.")
     policy = discovery.find("policies", config.policy.name, Policy)
+    check_placement(config.policy.device, config.policy.dtype)
+    if config.policy.checkpointing and policy.blocks is Policy.blocks:
+        raise PerennialError(
+            f"The policy {config.policy.name!r} cannot recompute activations; set --policy.checkpointing false."
+        )
     checkpoint_folder(config.policy.checkpoint)
     if not config.recipe:
         raise PerennialError("The recipe has no stage; choose at least one, for example --recipe grpo.")
@@ -261,6 +274,8 @@ def _check_ranges(value: Any, path: str = "") -> None:
             raise PerennialError(f"--{name} is {dict(child)}, but its numbers must be above 0.")
         elif f.name == "betas" and not all(0 <= beta < 1 for beta in child):
             raise PerennialError(f"--{name} is {child}, but both must be at least 0 and below 1.")
+        elif isinstance(child, bool):
+            continue
         elif isinstance(child, int | float) and (child < 0 or (child == 0 and f.name not in NON_NEGATIVE)):
             least = "0 or more" if f.name in NON_NEGATIVE else "above 0"
             raise PerennialError(f"--{name} is {child}, but it must be {least}.")

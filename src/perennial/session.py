@@ -17,6 +17,7 @@ from perennial.interrupt import InterruptedRunError, TwoStageInterrupt
 from perennial.learning.base import Objective
 from perennial.learning.optimizer import build_optimizer, optimised
 from perennial.policies._learned import load_learned, save_learned
+from perennial.policies._placement import load_policy, recompute_blocks
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.rollout.workers import Cast, Workers, start_workers
@@ -103,9 +104,12 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     """Load the base policy and the last commit, and start the workers; `stack` ends what was started."""
     suite = discovery.find("suites", config.suite, Suite)()
     checkpoint = configuration.checkpoint_folder(config.policy.checkpoint)
-    policy = discovery.find("policies", config.policy.name, Policy).load(checkpoint)
-    if config.policy.adapter is not None:
-        add_adapter(policy, config.policy.adapter, config.seed)
+    chosen = config.policy
+    policy = load_policy(chosen.name, checkpoint, chosen.device, chosen.dtype)
+    if chosen.adapter is not None:
+        add_adapter(policy, chosen.adapter, config.seed)
+    if chosen.checkpointing:
+        recompute_blocks(policy)
     if any("value" in stage.requires() for stage in config.recipe):
         policy.add_value_head(config.seed)
     strategies = Strategies(tuple(replace(strategy) for strategy in config.strategies))
@@ -116,7 +120,7 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
         cursor = Cursor(**latest.state["cursor"])
     display = stack.enter_context(Display(total_episodes(config), done_episodes(config, folder, cursor)))
     interrupt = stack.enter_context(TwoStageInterrupt())
-    cast = Cast(config.suite, config.policy.name, checkpoint, config.seed)
+    cast = Cast(config.suite, chosen.name, checkpoint, config.seed, chosen.device, chosen.dtype)
     workers = start_workers(config.workers, cast, policy.acting_weights())
     stack.callback(workers.close)
     trackers = tuple(discovery.find("tracking", name, Tracker).open(folder.path) for name in config.trackers)

@@ -17,6 +17,7 @@ from perennial.config import Config, checkpoint_folder
 from perennial.errors import PerennialError, unknown
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.evaluation.statistics import wilson
+from perennial.policies._placement import load_policy
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
@@ -84,7 +85,8 @@ def of_run(folder: RunFolder, after: int, seed: int) -> Actor:
     if not -1 <= after <= len(config.phases):
         raise PerennialError(f"--after is {after}; it must be -1 (the newest) to {len(config.phases)}.")
     checkpoint = checkpoint_folder(config.policy.checkpoint)
-    policy = discovery.find("policies", config.policy.name, Policy).load(checkpoint)
+    chosen = config.policy
+    policy = load_policy(chosen.name, checkpoint, chosen.device, chosen.dtype)
     strategies = Strategies()
     learned = _learned_folder(folder, after)
     if learned is not None:
@@ -92,7 +94,7 @@ def of_run(folder: RunFolder, after: int, seed: int) -> Actor:
         if config.policy.adapter is not None:
             add_adapter(policy, config.policy.adapter, config.seed)
         read_learned(policy, strategies, learned)
-    cast = Cast(config.suite, config.policy.name, checkpoint, seed)
+    cast = Cast(config.suite, chosen.name, checkpoint, seed, chosen.device, chosen.dtype)
     return Actor(policy, strategies, cast, config.workers, (*config.tasks.trained, *config.tasks.held_out))
 
 

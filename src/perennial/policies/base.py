@@ -178,8 +178,13 @@ class Policy(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Self:
         """Load a base checkpoint.
+
+        Args:
+            folder: of the checkpoint.
+            dtype: of the weights; None takes what the checkpoint asks for, else float32.
+            device: where the weights go.
 
         Raises:
             PerennialError: the folder is missing, truncated or does not fit this policy.
@@ -206,6 +211,10 @@ class Policy(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name, in a fixed order."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks of `model` that gradient checkpointing may run twice: they do nothing but compute."""
+        raise NotImplementedError(f"{self.name} has no blocks to recompute")
 
     @property
     def device(self) -> torch.device:

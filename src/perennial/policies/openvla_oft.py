@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perennial.errors import PerennialError
 from perennial.policies import _images, _openvla_published, _tokenizer
 from perennial.policies._openvla_oft_config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
+from perennial.policies._placement import module_lists
 from perennial.policies._tensors import read_tensors, write_tensors
 from perennial.policies._tokenizer import train_tokenizer
 from perennial.policies._value_head import new_value_head
@@ -226,6 +227,10 @@ class OpenVLAOFT(Policy):
         for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions
             parameter.data = parameter.data.to(dtype)
         return cls(config, tokenizer, model.to(device))
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The blocks of both vision towers and of the Llama."""
+        return module_lists(unwrap(self.model))
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are).

@@ -21,15 +21,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from perennial.errors import PerennialError
 from perennial.policies import _flow, _images, _tokenizer
 from perennial.policies._pi0_config import Exploration, Moments, PI0Config, small_config
+from perennial.policies._placement import module_lists
 from perennial.policies._tensors import write_tensors
 from perennial.policies.base import ActionChunk, Batch, Observation, Policy
 from perennial.policies.lora import unwrap
@@ -173,8 +174,8 @@ class PI0(Policy):
         return actions.astype(np.float32)
 
     @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype = torch.float32) -> Self:
-        """Load a checkpoint of ours or in the layout of LeRobot's `pi0_base`; the weights become `dtype`."""
+    def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Self:
+        """Load a checkpoint of ours or in the layout of LeRobot's `pi0_base`; the weights become `dtype` (float32)."""
         from tokenizers import Tokenizer
 
         from perennial.policies._pi0_checkpoint import read_config, read_weights
@@ -190,9 +191,9 @@ class PI0(Policy):
             raise PerennialError(f"tokenizer.json in {folder} cannot be read ({error!r}); copy it again.") from error
         model = _network(config, random=False)
         for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(dtype or torch.float32)
         read_weights(folder, model)
-        return cls(config, tokenizer, model)
+        return cls(config, tokenizer, model.to(device))
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are)."""
@@ -201,6 +202,12 @@ class PI0(Policy):
         (folder / "config.json").write_text(content + "\n")
         self.tokenizer.save(str(folder / "tokenizer.json"))
         write_tensors(folder / "model.safetensors", self.acting_weights(), dtype)
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The vision tower's blocks and the decoders' perceptrons; attention adds to a cache and must run once."""
+        model: Any = self._network.pi0.model
+        decoders = (*model.vlm.language_model.layers, *model.dit.layers)
+        return (*module_lists(model.vlm.vision_tower), *(layer.mlp for layer in decoders))
 
     def _draw(self, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """The stochastic step of one row, and noise [1 + stochastic steps, H, P], the start of the flow first."""

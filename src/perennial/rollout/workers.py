@@ -25,6 +25,7 @@ from torch import Tensor
 
 from perennial import discovery, faults
 from perennial.errors import LearningError, PerennialError
+from perennial.policies._placement import DType, load_policy
 from perennial.policies.base import Policy
 from perennial.policies.lora import bind, flatten
 from perennial.rollout.collect import Environments, OnEpisode, play
@@ -62,6 +63,8 @@ class Cast:
     policy: str
     checkpoint: Path
     seed: int
+    device: str = "cpu"
+    dtype: DType | None = None
 
 
 class Workers(Protocol):
@@ -95,7 +98,7 @@ def start_workers(config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor
 
 def _assemble(cast: Cast) -> tuple[Policy, Environments]:
     """A policy with the base weights and an empty set of environments."""
-    policy = discovery.find("policies", cast.policy, Policy).load(cast.checkpoint)
+    policy = load_policy(cast.policy, cast.checkpoint, cast.device, cast.dtype)
     suite = discovery.find("suites", cast.suite, Suite)()
     return policy, Environments(suite, policy.image_size)
 
@@ -243,10 +246,13 @@ def _serve(connection: Connection, cast: Cast, slots: int, flat: Tensor) -> None
     """The life of a worker process: play what is asked until the parent goes away."""
     torch.set_num_threads(1)
     policy, environments = _assemble(cast)
-    bind(policy.model, flat, flatten(policy.acting_weights())[1])
+    own = flat.to(policy.device)  # the shared buffer itself on the CPU
+    bind(policy.model, own, flatten(policy.acting_weights())[1])
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             episodes = connection.recv()
+            if own is not flat:
+                own.copy_(flat)
             try:
                 trajectories = play(
                     policy, environments, episodes, cast.seed, slots, lambda *done: connection.send(done)

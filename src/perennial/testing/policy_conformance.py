@@ -19,9 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perennial.policies._placement import recompute_blocks
 from perennial.policies.base import Batch, Observation, Policy
 from perennial.policies.lora import LoRA, add_adapter, base_name, load_adapter, save_adapter, unwrap
 from perennial.randomness import stream
+from perennial.testing.memory import kept_for_backward
 
 TOLERANCE = 1e-5
 """Largest difference of two log-probabilities in nats that float32 may explain."""
@@ -223,6 +225,29 @@ def merged_weights_act_like_the_adapter(subject: Subject) -> None:
     np.testing.assert_array_equal(_log_prob(policy, batch), adapted)
 
 
+def recomputed_activations_change_nothing(subject: Subject) -> None:
+    """A policy that names its blocks has the same log-probability and gradient when they are computed again."""
+    policy, twin = subject.make(), subject.make()
+    if type(policy).blocks is Policy.blocks:
+        return
+    batch = _acted(policy, subject.observation, 1.0)
+    for one in (policy, twin):
+        add_adapter(one, LoRA(rank=2), 0)
+        _disturb(one)
+    recompute_blocks(twin)
+    kept, gradients = [], []
+    for one in (policy, twin):
+        with kept_for_backward() as sizes:
+            loss = one.log_prob(batch).sum()
+        kept.append(sum(sizes.values()))
+        learning = [*one.trainable().values()]
+        slopes = torch.autograd.grad(loss, learning, allow_unused=True, materialize_grads=True)
+        gradients.append([loss.detach(), *slopes])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=TOLERANCE)
+    assert kept[1] < kept[0], "nothing is recomputed"
+
+
 def saved_policies_come_back(subject: Subject) -> None:
     """A base checkpoint and an adapter folder give back the same log-probabilities, bit for bit."""
     policy, twin = subject.make(), subject.make()
@@ -281,6 +306,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     the_adapter_covers_all_linear_layers,
     a_new_adapter_changes_nothing,
     merged_weights_act_like_the_adapter,
+    recomputed_activations_change_nothing,
     saved_policies_come_back,
     imitation_learns,
     reinforcement_learns,

@@ -193,8 +193,10 @@ class ToyPolicy(Policy):
         for row, instruction in enumerate(observation.instructions):
             for word in instruction.lower().split():
                 words[row, zlib.crc32(word.encode()) % self.words] += 1.0
-        logits, hidden = self.model(image, torch.from_numpy(words), torch.from_numpy(observation.states).float())
-        return logits, hidden
+        like = next(self.model.parameters())
+        inputs = (image, torch.from_numpy(words), torch.from_numpy(observation.states))
+        logits, hidden = self.model(*(values.to(like.device, like.dtype) for values in inputs))
+        return logits.float(), hidden.float()
 
     @torch.no_grad()
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
@@ -255,7 +257,7 @@ class ToyPolicy(Policy):
         save_file(weights, folder / "model.safetensors")
 
     @classmethod
-    def load(cls, folder: Path) -> Self:
+    def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Self:
         """Load a base checkpoint.
 
         Raises:
@@ -266,4 +268,5 @@ class ToyPolicy(Policy):
             policy.model.load_state_dict(load_file(folder / "model.safetensors"))
         except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
             raise PerennialError(f"{folder} holds no readable toy checkpoint ({error}); save it again.") from error
+        policy.model.to(device, dtype or torch.float32)
         return policy

@@ -1,0 +1,39 @@
+"""Measures memory on the CPU: what autograd keeps, and the most that torch's allocator held at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+
+@contextmanager
+def kept_for_backward() -> Iterator[dict[int, int]]:
+    """Storages that autograd keeps of what is computed inside: address -> bytes, weights included."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield sizes
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that `work` held of torch's CPU memory at once, beyond what was there before it.
+
+    Every allocation and release is recorded by torch's profiler, so this counts tensors and no library's own memory.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        work()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
