@@ -63,3 +63,16 @@ def test_a_clear_case_needs_few_episodes():
 def test_the_winner_ran_to_the_end_and_is_the_first_of_equals(rates, expected):
     field = [Runner(np.arange(10) < 10 * rate, dropped=rate == 1) for rate in rates]
     assert winner(field) == expected
+
+
+def test_what_is_best_in_one_objective_stays_and_what_is_dominated_leaves():
+    """Success by objective: 0 and 1 are both on the front, 2 is beaten by 1 in the first and equal in the second."""
+    rates = np.array([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+
+    def play(number, rounds):
+        return np.tile(rates[number] == 1, (len(rounds), 1))
+
+    field = race(3, play, rounds=60, objectives=(slice(0, 1), slice(1, 2)))
+    assert [runner.dropped for runner in field] == [False, False, True]
+    assert winner(field, lambda runner: float(runner.outcomes[:, 1].mean())) == 0
+    assert winner(field, lambda runner: float(runner.outcomes[:, 0].mean())) == 1

@@ -1,0 +1,1 @@
+"""With which coefficients to merge: `perennial alpha`."""

@@ -1,0 +1,205 @@
+"""`perennial alpha`: the sweep as a page, as JSON and on the console, with the command that merges by its choice."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+import perennial
+from perennial import discovery
+from perennial.alpha.sweep import GROUPS, Coefficients, Pair, Plan, front, grid, knee, losses, open_pair, sweep
+from perennial.config import checkpoint_folder
+from perennial.errors import PerennialError, unknown
+from perennial.evaluation.race import Runner, winner
+from perennial.evaluation.statistics import wilson
+from perennial.overrides import parse
+from perennial.reports import page, plots, words
+from perennial.reports.summary import percent
+from perennial.rollout.workers import Cast, WorkerConfig
+from perennial.storage import atomic
+from perennial.suites.base import Suite
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from perennial.commands import Alpha
+
+
+def command(options: Alpha, console: Console) -> None:
+    """Sweep, write the page and the JSON beside it, and print a table and the command to merge with.
+
+    Raises:
+        PerennialError: a folder, task, variant or number that cannot be used.
+    """
+    candidates, plan = _candidates(options), _plan(options)
+    base = checkpoint_folder(str(options.base))
+    pair = open_pair(options.policy, base, options.finetuned)
+    with Progress(console=console, disable=options.json, transient=True) as progress:
+        most = len(candidates) * plan.episodes * (len(plan.tasks) + len(plan.generalist))
+        bar = progress.add_task("playing", total=most)
+
+        def on_episodes(coefficients: Coefficients, count: int) -> None:
+            progress.update(bar, advance=count, description=f"playing alpha {_words(coefficients)}")
+
+        cast = Cast(options.suite, options.policy, base, options.seed)
+        field = sweep(pair, plan, candidates, cast, WorkerConfig(), on_episodes)
+    found = _figures(options, plan, candidates, field, _losses(options, pair, candidates))
+    atomic.write_json(options.out.with_suffix(".json"), found)
+    atomic.write_text(options.out, render(found))
+    if options.json:
+        print(json.dumps(found))
+        return
+    console.print(_table(found))
+    if found["without_rollouts"] is not None:
+        taken = _words(candidates[found["without_rollouts"]])
+        console.print(f"By the demonstrations' losses alone it would be alpha {taken}.", highlight=False)
+    console.print(f"Merge with the best one:\n  {escape(found['command'])}", highlight=False, soft_wrap=True)
+    console.print(f"Alpha: {escape(str(options.out))}", highlight=False, soft_wrap=True)
+
+
+def _candidates(options: Alpha) -> list[Coefficients]:
+    """The grid that the options ask for."""
+    named = {"alpha": options.alpha, **{f"alpha.{group}": getattr(options, group) for group in GROUPS}}
+    values = {name: parse(tuple[float, ...], text, f"--{name}") for name, text in named.items() if text}
+    for name, numbers in values.items():
+        if not numbers or not all(0 <= number <= 1 for number in numbers):
+            raise PerennialError(f"--{name} is {named[name]!r}, but it must be numbers from 0 to 1, as 0,0.5,1.")
+    return grid(values["alpha"], {group: values.get(f"alpha.{group}", ()) for group in GROUPS})
+
+
+def _plan(options: Alpha) -> Plan:
+    """What is played, checked before anything is loaded."""
+    suite = discovery.find("suites", options.suite, Suite)()
+    if not options.tasks:
+        raise PerennialError("No task is named; give those that were fine-tuned for, as --tasks drawer-open-v3.")
+    for name in (*options.tasks, *options.generalist):
+        if name not in suite.tasks:
+            raise unknown(f"task in suite {options.suite!r}", name, suite.tasks)
+    if options.variant not in suite.variants:
+        raise unknown(f"variant in suite {options.suite!r}", options.variant, suite.variants)
+    if options.episodes < 1 or options.temperature < 0:
+        raise PerennialError(
+            f"--episodes is {options.episodes} and --temperature {options.temperature}; at least 1 and 0 are needed."
+        )
+    if not 0 <= options.retention <= 1:
+        raise PerennialError(f"--retention is {options.retention}, but it is a weight from 0 to 1.")
+    chosen = (options.suite, options.tasks, options.variant, options.generalist, options.episodes)
+    return Plan(*chosen, temperature=options.temperature, seed=options.seed)
+
+
+def _losses(options: Alpha, pair: Pair, candidates: Sequence[Coefficients]) -> dict[str, list[float]]:
+    """Losses on demonstrations that were left out of the fine-tuning, and on the base's own data."""
+    asked: dict[str, tuple[Path | None, Sequence[str] | None]] = {
+        "target": (options.demonstrations, options.tasks),
+        "base": (options.pretraining, None),
+    }
+    return {name: losses(pair, candidates, folder, tasks) for name, (folder, tasks) in asked.items() if folder}
+
+
+def _figures(
+    options: Alpha,
+    plan: Plan,
+    candidates: Sequence[Coefficients],
+    field: Sequence[Runner],
+    loss: Mapping[str, Sequence[float]],
+) -> dict[str, Any]:
+    """Everything that was found, for the JSON file and the page; rates in percent with Wilson 95 % intervals."""
+    names = ("target", "generalist")[: len(plan.objectives)]
+    parts = [[runner.outcomes[:, columns] for columns in plan.objectives] for runner in field]
+    weights = (1.0,) if len(names) == 1 else (1 - options.retention, options.retention)
+    scores = {
+        id(runner): sum(w * part.mean() for w, part in zip(weights, of_runner, strict=True))
+        for runner, of_runner in zip(field, parts, strict=True)
+    }
+    best = winner(field, lambda runner: float(scores[id(runner)]))
+    rates = [{name: percent(wilson(int(p.sum()), p.size)) for name, p in zip(names, ps, strict=True)} for ps in parts]
+    shown = front([(ps[0].mean(), ps[-1].mean()) for ps in parts])
+    return {
+        "base": str(options.base),
+        "finetuned": str(options.finetuned),
+        "plan": asdict(plan),
+        "retention": options.retention if len(names) > 1 else None,
+        "candidates": [
+            {
+                "alpha": dict(zip(GROUPS, coefficients, strict=True)),
+                **rates[number],
+                "dropped": field[number].dropped,
+                "front": shown[number] and not field[number].dropped,
+                **{f"{name}_loss": values[number] for name, values in loss.items()},
+            }
+            for number, coefficients in enumerate(candidates)
+        ],
+        "best": best,
+        "without_rollouts": knee(loss["target"], loss["base"]) if len(loss) == 2 else None,
+        "command": _merge_command(options, candidates[best]),
+    }
+
+
+def _merge_command(options: Alpha, coefficients: Coefficients) -> str:
+    if len(set(coefficients)) == 1:
+        flags = ["--alpha", f"{coefficients[0]:g}"]
+    else:
+        flags = [part for g, a in zip(GROUPS, coefficients, strict=True) for part in (f"--alpha.{g}", f"{a:g}")]
+    return shlex.join(["perennial", "merge", str(options.base), str(options.finetuned), "-o", "merged", *flags])
+
+
+def _words(coefficients: Coefficients) -> str:
+    return words.coefficients(dict(zip(GROUPS, coefficients, strict=True)))
+
+
+def render(found: Mapping[str, Any]) -> str:
+    """The page, without scripts or links to elsewhere."""
+    return page.fill(
+        "alpha.html.j2",
+        version=perennial.__version__,
+        found=found,
+        names=[name for name in ("target", "generalist") if name in found["candidates"][0]],
+        losses=[name for name in ("target_loss", "base_loss") if name in found["candidates"][0]],
+        alphas=[words.coefficients(candidate["alpha"]) for candidate in found["candidates"]],
+        key=[Markup(plots.key(index)) for index in range(2)],
+        plots=_plots(found),
+    )
+
+
+def _plots(found: Mapping[str, Any]) -> dict[str, Markup]:
+    """Curves over a common alpha; where groups differ there is only the table."""
+    candidates = found["candidates"]
+    if any(len(set(candidate["alpha"].values())) > 1 for candidate in candidates):
+        return {}
+    alphas = [candidate["alpha"]["language"] for candidate in candidates]
+    names = [name for name in ("target", "generalist") if name in candidates[0]]
+    curves = [[(a, c[name]["value"]) for a, c in zip(alphas, candidates, strict=True)] for name in names]
+    bands = [[(c[name]["low"], c[name]["high"]) for c in candidates] for name in names]
+    drawn = {"success": plots.lines("success", curves, "Success by alpha", "alpha", "success, %", bands, (-3, 103))}
+    kinds = [name for name in ("target_loss", "base_loss") if name in candidates[0]]
+    if kinds:
+        falls = [[(a, c[name]) for a, c in zip(alphas, candidates, strict=True)] for name in kinds]
+        drawn["loss"] = plots.lines("loss", falls, "Loss on demonstrations by alpha", "alpha", "loss")
+    return {name: Markup(svg) for name, svg in drawn.items()}
+
+
+def _table(found: Mapping[str, Any]) -> Table:
+    """The sweep for the console."""
+    plan, first = found["plan"], found["candidates"][0]
+    table = Table("alpha", title=f"Success in % on {', '.join(plan['tasks'])}, variant {plan['variant']}")
+    columns = [name for name in ("target", "generalist", "target_loss", "base_loss") if name in first]
+    for name in columns:
+        table.add_column(name.replace("_", " "))
+    table.add_column("")
+    for number, candidate in enumerate(found["candidates"]):
+        cells = [
+            words.estimate(candidate[c], level=True) if isinstance(candidate[c], dict) else f"{candidate[c]:.3f}"
+            for c in columns
+        ]
+        note = "best" if number == found["best"] else "stopped" if candidate["dropped"] else ""
+        table.add_row(words.coefficients(candidate["alpha"]), *cells, note)
+    return table

@@ -1,0 +1,201 @@
+"""Plays the policies between a base and what was fine-tuned from it, without training anything."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from perennial import discovery
+from perennial.demonstrations.dataset import load, to_batch
+from perennial.errors import PerennialError
+from perennial.evaluation.race import Runner, race
+from perennial.merging.adapters import delta_weights, is_adapter
+from perennial.merging.linear import interpolate
+from perennial.merging.state_dicts import require_same_tensors, shapes
+from perennial.policies.base import Batch, Policy
+from perennial.randomness import stream
+from perennial.rollout.trajectory import Episode
+from perennial.rollout.workers import Cast, WorkerConfig, start_workers
+from perennial.strategies._weights import looking_through
+from perennial.suites.base import Suite, Task
+
+GROUPS = ("vision", "language", "action")
+DECISIONS, ROWS = 256, 64
+"""Decisions of demonstrations that a loss is taken on, and how many pass through the policy at once."""
+
+Coefficients = tuple[float, float, float]
+"""Weight of the fine-tuned weights in each of `GROUPS`."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A policy with the weights of the base, and the fine-tuned weights by base parameter name."""
+
+    policy: Policy
+    base: Mapping[str, Tensor]
+    finetuned: Mapping[str, Tensor]
+
+    def merged(self, coefficients: Coefficients) -> dict[str, Tensor]:
+        """(1 - alpha) base + alpha fine-tuned, with the alpha of each parameter's group."""
+        of_group = dict(zip(GROUPS, coefficients, strict=True))
+        alpha = {name: of_group[group] for group, names in self.policy.groups.items() for name in names}
+        return {name: interpolate(weights, self.finetuned[name], alpha[name]) for name, weights in self.base.items()}
+
+
+def open_pair(policy: str, base: Path, finetuned: Path) -> Pair:
+    """Load a base checkpoint, and a checkpoint, a PEFT adapter folder or a run's folder of weights made from it.
+
+    Raises:
+        PerennialError: a folder cannot be read, or the two have different tensors.
+    """
+    kind = discovery.find("policies", policy, Policy)
+    start = kind.load(base)
+    weights = start.acting_weights()
+    if is_adapter(finetuned):
+        deltas = delta_weights(finetuned)
+        missing = [name for name in deltas if name not in weights]
+        if missing:
+            raise PerennialError(f"The adapter {finetuned} updates {missing[0]}, which the base {base} does not have.")
+        end = {n: (w.float() + deltas[n]).to(w.dtype) if n in deltas else w for n, w in weights.items()}
+    elif (finetuned / "config.json").is_file():
+        end = dict(kind.load(finetuned).acting_weights())
+    else:
+        end = _weights_alone(finetuned)
+    require_same_tensors(shapes(weights), shapes(end))
+    return Pair(start, weights, end)
+
+
+def _weights_alone(folder: Path) -> dict[str, Tensor]:
+    """What a run without an adapter writes after each task."""
+    try:
+        weights: dict[str, Tensor] = load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise PerennialError(
+            f"{folder} holds no weights ({error}); give a checkpoint, an adapter, or tasks/NN-NAME of a run."
+        ) from error
+    return weights
+
+
+def grid(alpha: Sequence[float], by_group: Mapping[str, Sequence[float]]) -> list[Coefficients]:
+    """All combinations in ascending order; groups without values of their own share those of `alpha`."""
+    own = [by_group.get(group, ()) for group in GROUPS]
+    found = set()
+    for common in alpha:
+        for vision, language, action in itertools.product(*(values or (common,) for values in own)):
+            found.add((vision, language, action))
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is played.
+
+    Attributes:
+        tasks: fine-tuned for, played in `variant`.
+        generalist: tasks of the base that should still be done, played in the suite's first variant.
+        episodes: most training states of each task.
+        temperature: of action sampling.
+        seed: names its streams.
+    """
+
+    suite: str
+    tasks: Sequence[str]
+    variant: str
+    generalist: Sequence[str]
+    episodes: int
+    temperature: float
+    seed: int
+
+    @property
+    def objectives(self) -> list[slice]:
+        """The columns of the target tasks, and of the generalist's where there are some."""
+        ends = (len(self.tasks), len(self.tasks) + len(self.generalist))
+        return [slice(0, ends[0])] + ([slice(*ends)] if self.generalist else [])
+
+
+def sweep(
+    pair: Pair,
+    plan: Plan,
+    candidates: Sequence[Coefficients],
+    cast: Cast,
+    workers: WorkerConfig,
+    on_episodes: Callable[[Coefficients, int], None],
+) -> list[Runner]:
+    """Let every candidate's policy play the same states with the same draws; hopeless ones stop early."""
+    suite = discovery.find("suites", plan.suite, Suite)()
+    told = [(suite.tasks[name], plan.variant) for name in plan.tasks]
+    told += [(suite.tasks[name], suite.variants[0]) for name in plan.generalist]
+    with closing(start_workers(workers, cast, pair.base)) as playing:
+
+        def play(number: int, rounds: range) -> np.ndarray:
+            playing.broadcast(pair.merged(candidates[number]))
+            asked = [_episode(*case, index, plan.temperature) for index in rounds for case in told]
+            outcomes = [trajectory.success for trajectory in playing.collect(asked)]
+            on_episodes(candidates[number], len(asked))
+            return np.array(outcomes).reshape(len(rounds), len(told))
+
+        return race(len(candidates), play, plan.episodes, objectives=plan.objectives)
+
+
+def _episode(task: Task, variant: str, index: int, temperature: float) -> Episode:
+    """From a training state, so that evaluation states stay unseen."""
+    return Episode(
+        task=task.name,
+        variant=variant,
+        split="training",
+        initial_state=index,
+        instruction=task.instructions[index % len(task.instructions)],
+        temperature=temperature,
+        key=("alpha", task.name, variant, index),
+        group=index,
+        keep=False,
+    )
+
+
+def losses(pair: Pair, candidates: Sequence[Coefficients], folder: Path, tasks: Sequence[str] | None) -> list[float]:
+    """The mean imitation loss of each candidate on up to `DECISIONS` decisions of demonstrations.
+
+    Args:
+        pair: what is merged.
+        candidates: coefficients.
+        folder: of demonstrations that were not trained on.
+        tasks: only these; None takes all that the folder holds.
+    """
+    batch = to_batch(load(folder, tasks), pair.policy)
+    rows = stream(0, "alpha", str(tasks)).permutation(len(batch))[:DECISIONS]
+    return [_loss(pair, pair.merged(coefficients), batch.take(np.sort(rows))) for coefficients in candidates]
+
+
+@torch.no_grad()
+def _loss(pair: Pair, weights: Mapping[str, Tensor], batch: Batch) -> float:
+    parts = [batch.take(np.arange(start, min(start + ROWS, len(batch)))) for start in range(0, len(batch), ROWS)]
+    with looking_through(pair.policy, weights):
+        return float(torch.cat([pair.policy.imitation_loss(part) for part in parts]).mean())
+
+
+def knee(target: Sequence[float], base: Sequence[float]) -> int:
+    """The candidate that a rule without any rollout takes: least loss on the target and on the base's own data.
+
+    Both losses are scaled to [0, 1] over the candidates and added; the first of equals.
+    """
+    return int(np.argmin(_scaled(target) + _scaled(base)))
+
+
+def _scaled(values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values)
+    span = np.ptp(array)
+    return np.zeros(len(array)) if span == 0 else (array - array.min()) / span
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which (target, generalist) points are not dominated: none is better in one and at least as good in the other."""
+    return [not any(o != p and o[0] >= p[0] and o[1] >= p[1] for o in points) for p in points]

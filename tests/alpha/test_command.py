@@ -1,0 +1,117 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from perennial.alpha import command
+from perennial.cli import main
+from perennial.commands import Alpha
+from perennial.errors import PerennialError
+from perennial.policies.base import Batch, Observation
+from perennial.randomness import stream
+from perennial.testing.toy import STEP, ToyPolicy, ToySuite
+
+TOY = "perennial.testing.toy"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base that can do nothing, and what was made of it by imitating one who goes left."""
+    folder = tmp_path_factory.mktemp("pair")
+    policy = ToyPolicy(0)
+    policy.save(folder / "base")
+    states = stream(0, "states").uniform(-1, 1, (512, 2)).astype(np.float32)
+    target = np.array(ToySuite.targets["left"], np.float32)
+    first = np.clip((target - states) / STEP, -1, 1)
+    second = np.clip((target - states) / STEP - first, -1, 1)
+    words = tuple(ToySuite.tasks["left"].instructions[i % 2] for i in range(512))
+    batch = Batch(
+        Observation(np.full((512, 1, 8, 8, 3), 20, np.uint8), words, states),
+        policy.encode(np.stack([first, second], 1)),
+        np.ones((512, 4), bool),
+    )
+    optimizer = torch.optim.Adam(policy.trainable().values(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        policy.imitation_loss(batch).mean().backward()
+        optimizer.step()
+    policy.save(folder / "finetuned")
+    return folder / "base", folder / "finetuned"
+
+
+def options(folders, tmp_path, **changes):
+    settings = {
+        "tasks": ("left",),
+        "alpha": "0,0.5,1",
+        "episodes": 30,
+        "suite": TOY,
+        "policy": TOY,
+        "out": tmp_path / "alpha.html",
+    }
+    return Alpha(*folders, **(settings | changes))
+
+
+def test_the_sweep_finds_what_was_learned_and_says_how_to_merge(folders, tmp_path, capsys):
+    command.command(options(folders, tmp_path, json=True), Console())
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "alpha.json").read_text())
+    by_alpha = {candidate["alpha"]["vision"]: candidate for candidate in found["candidates"]}
+    assert by_alpha[1.0]["target"]["value"] > 80 > 40 > by_alpha[0.0]["target"]["value"]
+    assert by_alpha[0.0]["dropped"]
+    assert by_alpha[0.0]["target"]["n"] < 30 == by_alpha[1.0]["target"]["n"]
+    best = found["candidates"][found["best"]]
+    assert not best["dropped"]
+    assert found["command"].endswith(f"-o merged --alpha {best['alpha']['vision']:g}")
+    page = (tmp_path / "alpha.html").read_text()
+    assert page.count("data-alpha=") == 3
+    assert found["command"] in page
+
+
+def test_retention_weighs_what_the_base_could_do(folders, tmp_path):
+    """The generalist's task is one that the fine-tuned policy no longer can: swapping the roles makes the base best."""
+    base, finetuned = folders
+    swapped = options((finetuned, base), tmp_path, tasks=("right",), generalist=("left",), alpha="0,1")
+    chosen = {}
+    for retention in (0.0, 1.0):
+        out = tmp_path / f"{retention}.html"
+        command.command(Alpha(**(vars(swapped) | {"retention": retention, "out": out})), Console(quiet=True))
+        chosen[retention] = json.loads(out.with_suffix(".json").read_text())
+    best = chosen[1.0]["candidates"][chosen[1.0]["best"]]
+    assert best["alpha"]["action"] == 0.0
+    assert best["generalist"]["value"] > 80
+    assert best["front"]
+
+
+def test_groups_make_a_grid_and_the_command_names_them(folders, tmp_path):
+    made = options(folders, tmp_path, alpha="1", language="0,1", episodes=5)
+    command.command(made, Console(quiet=True))
+    found = json.loads((tmp_path / "alpha.json").read_text())
+    assert [c["alpha"]["language"] for c in found["candidates"]] == [0.0, 1.0]
+    if found["best"] == 0:
+        assert found["command"].endswith("--alpha.vision 1 --alpha.language 0 --alpha.action 1")
+    assert "<figure>" not in (tmp_path / "alpha.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"tasks": ()}, "No task is named"),
+        ({"tasks": ("lefft",)}, "lefft.*left"),
+        ({"variant": "ood"}, "ood.*ood_val"),
+        ({"alpha": "0,1.5"}, "--alpha is '0,1.5'"),
+        ({"language": "x"}, "alpha.language"),
+        ({"episodes": 0}, "--episodes is 0"),
+        ({"retention": 2.0}, "--retention is 2"),
+    ],
+)
+def test_bad_input_gets_a_sentence_before_anything_is_loaded(tmp_path, wrong, sentence):
+    with pytest.raises(PerennialError, match=sentence):
+        command.command(options((tmp_path / "no", tmp_path / "nothing"), tmp_path, **wrong), Console(quiet=True))
+
+
+def test_the_dotted_flags_are_understood(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["alpha", str(tmp_path), str(tmp_path), "--tasks", "door-open-v3", "--alpha.language", "0,2"])
+    assert "--alpha.language is '0,2'" in capsys.readouterr().err
