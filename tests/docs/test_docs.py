@@ -56,7 +56,7 @@ def commands(text: str) -> list[Command]:
 def split(line: str) -> list[tuple[str, ...]]:
     """The simple commands of a shell line; variables stand for 0, what is redirected is left out."""
     lexer = shlex.shlex(re.sub(r"\$\{?\w+\}?", "0", line), posix=True, punctuation_chars=True)
-    lexer.wordchars += ":@%^+"
+    lexer.wordchars += ":@%^+,"
     found: list[list[str]] = [[]]
     redirected = False
     for word in lexer:
