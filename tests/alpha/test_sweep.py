@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from perennial.alpha import sweep
-from perennial.alpha.sweep import Pair, front, grid, knee, open_pair
+from perennial.alpha.sweep import Pair, front, knee, open_pair
 from perennial.errors import PerennialError
+from perennial.merging.groups import grid
 from perennial.policies._learned import save_learned
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.testing.toy import ToyPolicy

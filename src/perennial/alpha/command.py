@@ -16,11 +16,12 @@ from rich.table import Table
 
 import perennial
 from perennial import discovery
-from perennial.alpha.sweep import GROUPS, Coefficients, Pair, Plan, front, grid, knee, losses, open_pair, sweep
+from perennial.alpha.sweep import Pair, Plan, front, knee, losses, open_pair, sweep
 from perennial.config import checkpoint_folder
 from perennial.errors import PerennialError, unknown
 from perennial.evaluation.race import Runner, winner
 from perennial.evaluation.statistics import wilson
+from perennial.merging.groups import GROUPS, Coefficients, grid
 from perennial.overrides import parse
 from perennial.reports import page, plots, words
 from perennial.reports.summary import percent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from perennial.demonstrations.dataset import load, to_batch
 from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, race
 from perennial.merging.adapters import delta_weights, is_adapter
+from perennial.merging.groups import Coefficients, by_name
 from perennial.merging.linear import interpolate
 from perennial.merging.state_dicts import require_same_tensors, shapes
 from perennial.policies.base import Batch, Policy
@@ -28,12 +28,8 @@ from perennial.rollout.workers import Cast, WorkerConfig, start_workers
 from perennial.strategies._weights import looking_through
 from perennial.suites.base import Suite, Task
 
-GROUPS = ("vision", "language", "action")
 DECISIONS, ROWS = 256, 64
 """Decisions of demonstrations that a loss is taken on, and how many pass through the policy at once."""
-
-Coefficients = tuple[float, float, float]
-"""Weight of the fine-tuned weights in each of `GROUPS`."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +42,7 @@ class Pair:
 
     def merged(self, coefficients: Coefficients) -> dict[str, Tensor]:
         """(1 - alpha) base + alpha fine-tuned, with the alpha of each parameter's group."""
-        of_group = dict(zip(GROUPS, coefficients, strict=True))
-        alpha = {name: of_group[group] for group, names in self.policy.groups.items() for name in names}
+        alpha = by_name(self.policy.groups, coefficients)
         return {name: interpolate(weights, self.finetuned[name], alpha[name]) for name, weights in self.base.items()}
 
 
@@ -83,16 +78,6 @@ def _weights_alone(folder: Path) -> dict[str, Tensor]:
             f"{folder} holds no weights ({error}); give a checkpoint, an adapter, or tasks/NN-NAME of a run."
         ) from error
     return weights
-
-
-def grid(alpha: Sequence[float], by_group: Mapping[str, Sequence[float]]) -> list[Coefficients]:
-    """All combinations in ascending order; groups without values of their own share those of `alpha`."""
-    own = [by_group.get(group, ()) for group in GROUPS]
-    found = set()
-    for common in alpha:
-        for vision, language, action in itertools.product(*(values or (common,) for values in own)):
-            found.add((vision, language, action))
-    return sorted(found)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
 from perennial.errors import unknown
 from perennial.merging.state_dicts import require_fraction
+
+GROUPS = ("vision", "language", "action")
+"""The groups of every policy's parameters."""
+
+Coefficients = tuple[float, float, float]
+"""Weight of the fine-tuned weights in each of `GROUPS`."""
 
 OTHER = "other"
 """The group of tensors that no prefix matches."""
@@ -63,3 +70,19 @@ def coefficients(
             raise unknown("parameter group with tensors", group, set(of_name.values()))
         require_fraction(value, f"alpha of {group}", extrapolate)
     return {name: alpha_by_group.get(group, alpha) for name, group in of_name.items()}
+
+
+def grid(alpha: Sequence[float], by_group: Mapping[str, Sequence[float]]) -> list[Coefficients]:
+    """All combinations in ascending order; groups without values of their own share those of `alpha`."""
+    own = [by_group.get(group, ()) for group in GROUPS]
+    found = set()
+    for common in alpha:
+        for vision, language, action in itertools.product(*(values or (common,) for values in own)):
+            found.add((vision, language, action))
+    return sorted(found)
+
+
+def by_name(groups: Mapping[str, Iterable[str]], coefficients: Coefficients) -> dict[str, float]:
+    """The coefficient of every parameter, from the names of the parameters in each of `GROUPS`."""
+    of_group = dict(zip(GROUPS, coefficients, strict=True))
+    return {name: of_group[group] for group, names in groups.items() for name in names}

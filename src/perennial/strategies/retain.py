@@ -5,7 +5,6 @@ Yadav et al. 2025, arXiv 2512.08333.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -16,15 +15,12 @@ from torch import Tensor
 
 from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, race, winner
+from perennial.merging.groups import GROUPS, Coefficients, by_name, grid
 from perennial.policies.base import Policy
 from perennial.policies.lora import base_name
 from perennial.strategies._weights import between, prefixed, restore, snapshot, unprefixed
 from perennial.strategies.base import Collect, Strategy
 from perennial.suites.base import Task
-
-GROUPS = ("vision", "language", "action")
-Coefficients = tuple[float, float, float]
-"""Weight of the fine-tuned weights in each of `GROUPS`."""
 
 
 @dataclass
@@ -74,13 +70,7 @@ class Retain(Strategy):
     @property
     def candidates(self) -> list[Coefficients]:
         """All that can be chosen, in ascending order; without a group of its own, alpha is common to the groups."""
-        own = (self.vision, self.language, self.action)
-        grid = [
-            tuple(group[i] if group else alpha for group, i in zip(own, places, strict=True))
-            for alpha in self.alpha
-            for places in itertools.product(*(range(len(group) or 1) for group in own))
-        ]
-        return sorted({(vision, language, action) for vision, language, action in grid})
+        return grid(self.alpha, {group: getattr(self, group) for group in GROUPS})
 
     def variants(self) -> frozenset[str]:
         """The one to search in, where there is a choice."""
@@ -102,7 +92,8 @@ class Retain(Strategy):
         judged = [task.name] if self.judged == "new" else [*self.chosen, task.name]
 
         def take(number: int) -> None:
-            restore(policy, between(self.start, learned, _by_group(policy, candidates[number])))
+            alpha = by_name(policy.groups, candidates[number])
+            restore(policy, between(self.start, learned, lambda name: alpha[base_name(name)]))
 
         def play(number: int, rounds: range) -> np.ndarray:
             take(number)
@@ -157,13 +148,6 @@ def shares(chosen: Mapping[str, Sequence[float]], chain: str) -> dict[str, dict[
                 of_group = {"base": 1 - alpha} | dict.fromkeys(seen, alpha / len(seen))
         found[group] = of_group
     return found
-
-
-def _by_group(policy: Policy, coefficients: Coefficients) -> Any:
-    """The coefficient of a trainable parameter, by its name."""
-    group_of = {name: group for group, names in policy.groups.items() for name in names}
-    of_group = dict(zip(GROUPS, coefficients, strict=True))
-    return lambda name: of_group[group_of[base_name(name)]]
 
 
 def _told(coefficients: Coefficients, runner: Runner) -> dict[str, Any]:
