@@ -41,7 +41,7 @@ def test_the_top_level_is_the_main_decoder(folder):
     figures = summary.report_json(folder)
     assert list(figures) == [
         "run", "seed", "preset", "finished", "avg", "gain", "nbt", "fwt", "zs", "zs_gain", "matrix", "decoders",
-        "gates",
+        "gates", "accounts",
     ]  # fmt: skip
     assert {key: figures[key] for key in figures["decoders"]["sampled"]} == figures["decoders"]["sampled"]
     assert (figures["run"], figures["seed"], figures["preset"], figures["finished"]) == ("demo", 0, "demo", True)

@@ -196,7 +196,8 @@ class ToyPolicy(Policy):
         like = next(self.model.parameters())
         inputs = (image, torch.from_numpy(words), torch.from_numpy(observation.states))
         logits, hidden = self.model(*(values.to(like.device, like.dtype) for values in inputs))
-        return logits.float(), hidden.float()
+        wide = torch.promote_types(like.dtype, torch.float32)
+        return logits.to(wide), hidden.to(wide)
 
     @torch.no_grad()
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
