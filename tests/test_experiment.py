@@ -23,6 +23,7 @@ from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig
 from perennial.learning.ppo import PPO
+from perennial.reports.record import read
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
@@ -264,6 +265,29 @@ def test_every_parameter_can_learn_without_an_adapter(config, tmp_path, toy_chec
     assert learned.keys() == base.keys()
     assert not torch.equal(learned["trunk.weight"], base["trunk.weight"])
     assert not (run / "tasks" / "02-right" / "adapter").exists()
+
+
+def test_a_stage_moves_only_the_groups_that_learn(config, tmp_path, toy_checkpoint, no_report):
+    (grpo,) = config.recipe
+    stages = (replace(grpo, iterations=1, learns=("action",)), replace(grpo, iterations=1, learns=("vision",)))
+    for number in (1, 2):
+        frozen = replace(config, policy=replace(config.policy, adapter=None), recipe=stages[:number])
+        run = experiment.start(frozen, "toy", tmp_path / str(number))
+        learned = load_file(run / "tasks" / "02-right" / "model.safetensors")
+        base = ToyPolicy.load(toy_checkpoint)
+        moved = {name for name, weight in base.acting_weights().items() if not torch.equal(weight, learned[name])}
+        assert moved == {name for stage in stages[:number] for name in base.groups[stage.learns[0]]}
+
+
+def test_held_out_tasks_can_be_left_out_of_shifted_variants(config, tmp_path, no_report):
+    tasks = replace(config.tasks, held_out=("up",))
+    evaluation = replace(config.evaluation, variants=("id", "ood_val"), held_out="first", decoders=("greedy",))
+    run = experiment.start(replace(config, tasks=tasks, evaluation=evaluation), "toy", tmp_path / "run")
+    found = RunFolder.open(run).cells()
+    of_variant = {v: {cell.task for cell in found if cell.variant == v} for v in ("id", "ood_val")}
+    assert of_variant == {"id": {*config.tasks.trained, "up"}, "ood_val": {*config.tasks.trained}}
+    assert read(run).finished
+    assert read(run).matrices["ood_val", "greedy"].held_out == ()
 
 
 def test_the_first_and_the_last_row_are_filmed(config, tmp_path, monkeypatch, no_report):

@@ -202,6 +202,10 @@ class Demos:
     """Task names; by default all tasks of the suite."""
     count: int = 50
     """Demonstrations for each task."""
+    first: int = 0
+    """Number of the first initial state: record beyond another folder's to hold demonstrations out."""
+    variant: str = "id"
+    """Variant of the tasks."""
     image_every: int = 4
     """Environment steps from one image to the next."""
     suite: str = "metaworld"

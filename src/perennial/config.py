@@ -67,6 +67,7 @@ class Evaluation:
         temperature: of the sampled decoder.
         decoders: "sampled", "greedy"; the first one is the headline.
         variants: of the suite; the first one is the headline.
+        held_out: the variants among them in which held-out tasks are evaluated: "all", or only the "first".
         film: side of the before and after videos in pixels; 0 records none.
     """
 
@@ -74,6 +75,7 @@ class Evaluation:
     temperature: float = 1.0
     decoders: tuple[Literal["sampled", "greedy"], ...] = ("sampled", "greedy")
     variants: tuple[str, ...] = ("id",)
+    held_out: Literal["all", "first"] = "all"
     film: int = 240
 
 
@@ -105,6 +107,11 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     workers: WorkerConfig = field(default_factory=WorkerConfig)
     trackers: tuple[str, ...] = ()
+
+    def tasks_in(self, variant: str) -> tuple[str, ...]:
+        """The tasks that are evaluated in this variant."""
+        everywhere = self.evaluation.held_out == "all" or variant == self.evaluation.variants[0]
+        return self.tasks.trained + (self.tasks.held_out if everywhere else ())
 
     @property
     def phases(self) -> tuple[tuple[str, ...], ...]:
@@ -177,9 +184,14 @@ def validate(config: Config) -> Config:
     for variant in (*config.evaluation.variants, *played):
         if variant not in suite.variants:
             raise unknown(f"variant in suite {config.suite!r}", variant, suite.variants)
-    for name, chosen in (("decoders", config.evaluation.decoders), ("variants", config.evaluation.variants)):
+    listed: dict[str, tuple[str, ...]] = {
+        "evaluation.decoders": config.evaluation.decoders,
+        "evaluation.variants": config.evaluation.variants,
+        **{f"recipe.{stage.name}.learns": stage.learns for stage in config.recipe},
+    }
+    for name, chosen in listed.items():
         if not chosen or len(set(chosen)) < len(chosen):
-            raise PerennialError(f"--evaluation.{name} is {','.join(chosen)!r}, but it needs names, each of them once.")
+            raise PerennialError(f"--{name} is {','.join(chosen)!r}, but it needs names, each of them once.")
     policy = discovery.find("policies", config.policy.name, Policy)
     check_placement(config.policy.device, config.policy.dtype)
     if config.policy.checkpointing and policy.blocks is Policy.blocks:

@@ -21,6 +21,7 @@ from perennial.config import Config, PolicyChoice
 from perennial.doctor import describe_machine
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.stage import Iteration, learn, learner_threads
+from perennial.policies.lora import set_trainable
 from perennial.reports import page, video
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.rollout.workers import sized
@@ -79,6 +80,7 @@ def _learn_phase(session: Session, phase: int) -> None:
         # Joint learning gets the budget of all its tasks.
         objective = replace(config.recipe[number], iterations=config.recipe[number].iterations * len(tasks))
         cursor = session.cursor if session.cursor.stage == number else Cursor(phase, number)
+        set_trainable(session.policy, objective.learns)
         session.display.begin(f"learning {label(names)}")
         learn(
             objective,
@@ -94,6 +96,7 @@ def _learn_phase(session: Session, phase: int) -> None:
             on_iteration=functools.partial(_finish_iteration, session, phase, number, objective.iterations),
         )
     session.optimizer = None
+    set_trainable(session.policy)
     torch.set_num_threads(learner_threads())  # also where no iteration was left to learn: rounding depends on it
     for task in tasks:
         session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, task))

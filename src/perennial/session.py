@@ -148,7 +148,7 @@ def cells(config: Config, row: int) -> list[Cell]:
         Cell(row, decoder, variant, task)
         for decoder in config.evaluation.decoders
         for variant in config.evaluation.variants
-        for task in (*config.tasks.trained, *config.tasks.held_out)
+        for task in config.tasks_in(variant)
     ]
 
 

@@ -71,6 +71,15 @@ def test_the_files_do_not_depend_on_the_order_or_the_processes(tmp_path):
     )
 
 
+def test_demonstrations_that_are_held_out_begin_where_the_others_end(tmp_path):
+    record_all(TOY, ["up"], 4, tmp_path / "all", workers=1, settings=SETTINGS)
+    record_all(TOY, ["up"], 2, tmp_path / "later", workers=1, settings=SETTINGS, first=2)
+    everything = contents(tmp_path / "all")
+    assert contents(tmp_path / "later") == {
+        name: everything[name] for name in ("up/0002.safetensors", "up/0003.safetensors")
+    }
+
+
 def test_recording_again_makes_only_what_is_missing_or_damaged(tmp_path):
     paths = record(ToySuite(), "up", range(4), tmp_path, SETTINGS)
     before, kept = contents(tmp_path), paths[0].stat().st_mtime_ns

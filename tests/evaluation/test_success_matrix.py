@@ -39,7 +39,11 @@ def test_restricted_keeps_the_first_states_and_the_own_order():
 
 @pytest.mark.parametrize(("schedule", "rows"), [("sequential", 3), ("joint", 2)])
 def test_built_from_the_cells_of_one_decoder_and_variant(tmp_path, schedule, rows):
-    config = {"schedule": schedule, "tasks": {"trained": ["a", "b"], "held_out": ["c"]}}
+    config = {
+        "schedule": schedule,
+        "tasks": {"trained": ["a", "b"], "held_out": ["c"]},
+        "evaluation": {"variants": ["id", "ood_val"]},
+    }
     with RunFolder.create(tmp_path / "r", "demo", config, {}) as run:
         run.write_cell(Cell(0, "sampled", "id", "a"), [1, 0], [1, 1])
         run.write_cell(Cell(0, "sampled", "id", "c"), [1, 1], [1, 1])

@@ -1,15 +1,19 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from perennial.demonstrations.dataset import load, to_batch
+from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Observation
 from perennial.randomness import stream
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.strategies.ewc import EWC, fisher_diagonal
 from perennial.testing.toy import ToyPolicy
-from strategies.worlds import TASKS, batch, policy
+from strategies.worlds import TASKS, batch, policy, shake
 
 
 class SoftmaxRegression(ToyPolicy):
@@ -134,6 +138,23 @@ def test_a_normalised_fisher_has_mean_one():
     assert float(torch.cat([f.flatten() for f in ewc.fisher.values()]).mean()) == pytest.approx(1, rel=1e-5)
     ratios = ewc.fisher["head.weight"] / plain["head.weight"]
     torch.testing.assert_close(ratios, torch.full_like(ratios, ratios.median().item()), rtol=1e-4, atol=0)
+
+
+def test_what_the_base_can_do_counts_as_a_task_where_its_data_is_there(tmp_path):
+    record_all("perennial.testing.toy", ("up", "down"), 4, tmp_path, 1, settings=Settings(image_size=8, image_every=2))
+    strategy, learner = EWC(coefficient=3.0, samples=16, pretraining=str(tmp_path)), policy()
+    strategy.before_task(TASKS["left"], learner)
+    shown = to_batch(load(tmp_path), learner)
+    rows = np.linspace(0, len(shown) - 1, 16).astype(int)
+    chunk = learner.act(shown.observation.take(rows), 1.0, [stream(0, "ewc", row) for row in range(16)])
+    expected = fisher_diagonal(learner, replace(shown.take(rows), sample=chunk.sample))
+    for name, value in expected.items():
+        torch.testing.assert_close(strategy.fisher[name], value)
+    before = {name: parameter.detach().clone() for name, parameter in learner.trainable().items()}
+    assert strategy.penalty(learner, batch(4)).item() == 0
+    shake(learner, 5)
+    moved = sum((expected[n] * (p.detach() - before[n]) ** 2).sum() for n, p in learner.trainable().items())
+    assert strategy.penalty(learner, batch(4)).item() == pytest.approx(1.5 * float(moved), rel=1e-5)
 
 
 def test_the_first_task_is_free():

@@ -161,7 +161,8 @@ def test_shifted_variants_start_farther_out(task):
             scaled = 2 * (environment._simulation._last_rand_vec - space.low)[free] / (space.high - space.low)[free] - 1
             distances.append(np.abs(scaled).max())
         shells[variant] = (min(distances), max(distances))
-    for variant, (inner, outer) in {"id": (0.0, 0.8), "ood_val": (0.8, 0.9), "ood_test": (0.9, 1.0)}.items():
+    expected = {"id": (0.0, 0.8), "narrow": (0.0, 0.3), "ood_val": (0.8, 0.9), "ood_test": (0.9, 1.0)}
+    for variant, (inner, outer) in expected.items():
         nearest, farthest = shells[variant]
         assert inner <= nearest
         assert outer - 0.05 < farthest <= outer

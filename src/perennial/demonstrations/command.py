@@ -24,11 +24,13 @@ def record(options: Demos, console: Console) -> None:
         PerennialError: an unknown task, a number out of range, or see `record_all`.
     """
     suite = discovery.find("suites", options.suite, Suite)()
-    for name, least in (("count", 1), ("image_every", 1), ("workers", 0)):
+    for name, least in (("count", 1), ("first", 0), ("image_every", 1), ("workers", 0)):
         if getattr(options, name) < least:
             raise PerennialError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}."
             )
+    if options.variant not in suite.variants:
+        raise unknown(f"variant in suite {options.suite!r}", options.variant, suite.variants)
     tasks = options.tasks or tuple(suite.tasks)
     for task in tasks:
         if task not in suite.tasks:
@@ -37,8 +39,14 @@ def record(options: Demos, console: Console) -> None:
     columns = ("recording", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("recording", total=len(tasks) * options.count)
-        settings = Settings(image_every=options.image_every)
         record_all(
-            options.suite, tasks, options.count, options.out, workers, lambda path: progress.advance(bar), settings
+            options.suite,
+            tasks,
+            options.count,
+            options.out,
+            workers,
+            lambda path: progress.advance(bar),
+            Settings(variant=options.variant, image_every=options.image_every),
+            options.first,
         )
     console.print(f"{len(tasks) * options.count} demonstrations of {len(tasks)} tasks are in {options.out}.")

@@ -79,13 +79,15 @@ def record_all(
     workers: int = 2,
     on_episode: Callable[[Path], None] | None = None,
     settings: Settings = Settings(),
+    first: int = 0,
 ) -> None:
-    """Record the initial states 0 to `count - 1` of every task in `workers` processes, and write `manifest.json`.
+    """Record `count` initial states of every task from `first` on in `workers` processes, and write `manifest.json`.
 
     Raises:
         PerennialError: see `record`; or a process died.
     """
-    jobs = [(task, range(i, min(i + _JOB, count))) for i in range(0, count, _JOB) for task in tasks]
+    end = first + count
+    jobs = [(task, range(i, min(i + _JOB, end))) for i in range(first, end, _JOB) for task in tasks]
     report = on_episode or (lambda path: None)
     if workers <= 1:
         for task, indices in jobs:

@@ -81,7 +81,9 @@ class SuccessMatrix:
             PerennialError: rows were evaluated on different numbers of episodes.
         """
         config = run.header["config"]
-        trained, held_out = tuple(config["tasks"]["trained"]), tuple(config["tasks"]["held_out"])
+        evaluation, trained = config["evaluation"], tuple(config["tasks"]["trained"])
+        everywhere = evaluation.get("held_out", "all") == "all" or variant == evaluation["variants"][0]
+        held_out = tuple(config["tasks"]["held_out"]) if everywhere else ()
         phases = 1 if config.get("schedule") == "joint" else len(trained)
         rows: tuple[dict[str, np.ndarray], ...] = tuple({} for _ in range(phases + 1))
         for cell, outcome in run.cells().items():

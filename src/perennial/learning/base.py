@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,11 +30,13 @@ class Objective(ABC):
     Attributes:
         iterations: rounds of experience and update per task.
         optimizer: how steps are made; a fresh optimiser starts with every task.
+        learns: groups of the policy's parameters that learn; the others are frozen.
     """
 
     name: ClassVar[str]
     iterations: int = 12
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    learns: tuple[Literal["vision", "language", "action"], ...] = ("vision", "language", "action")
 
     def requires(self) -> frozenset[str]:
         """Names of optional policy methods that this objective calls."""

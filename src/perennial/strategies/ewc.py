@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from perennial.demonstrations.dataset import load, to_batch
 from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Policy
-from perennial.rollout.trajectory import to_batch
+from perennial.randomness import stream
+from perennial.rollout import trajectory
 from perennial.strategies._running_squares import RunningSquares
 from perennial.strategies._weights import prefixed, snapshot, unprefixed
 from perennial.strategies.base import Collect, Strategy
@@ -44,6 +47,8 @@ class EWC(Strategy):
         episodes: played after every task to estimate the Fisher.
         samples: decisions of these that are used, evenly spread.
         normalise: scale every task's Fisher to a mean of 1, so that tasks count alike.
+        pretraining: folder of demonstrations that the base was made of; where it is given, what the base can do counts
+            as an earlier task, whose Fisher is estimated on `samples` of their observations with actions of the base.
     """
 
     name: ClassVar[str] = "ewc"
@@ -53,6 +58,7 @@ class EWC(Strategy):
     samples: int = 128
     normalise: bool = False
     variant: Literal["textbook", "ut2026"] = "textbook"
+    pretraining: str = ""
     fisher: Tensors = field(init=False, repr=False, default_factory=dict)
     anchor: Tensors = field(init=False, repr=False, default_factory=dict)
     squares: RunningSquares = field(init=False, repr=False, compare=False, default_factory=RunningSquares)
@@ -67,6 +73,9 @@ class EWC(Strategy):
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """Anchor to the weights that the task starts from."""
+        if self.pretraining and not self.fisher:
+            shown = to_batch(load(Path(self.pretraining)), policy)
+            self._add(fisher_diagonal(policy, drawn(policy, _spread(shown, self.samples))), self.decay)
         self.anchor = snapshot(policy) if self.fisher else {}
 
     def penalty(self, policy: Policy, batch: Batch) -> Tensor | None:
@@ -85,15 +94,16 @@ class EWC(Strategy):
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Add the task's Fisher."""
         if self.variant == "ut2026":
-            fisher, decay = self.squares.finish(ceiling=1e4), 1.0
+            self._add(self.squares.finish(ceiling=1e4), 1.0)
         else:
-            decay = self.decay
-            batch = to_batch(collect(self.episodes), policy.token_steps)
-            rows = np.linspace(0, len(batch) - 1, min(self.samples, len(batch))).astype(int)
-            fisher = fisher_diagonal(policy, batch.take(rows))
-            if self.normalise:
-                mean = torch.cat([value.flatten() for value in fisher.values()]).mean().clamp(min=1e-30)
-                fisher = {name: value / mean for name, value in fisher.items()}
+            played = trajectory.to_batch(collect(self.episodes), policy.token_steps)
+            self._add(fisher_diagonal(policy, _spread(played, self.samples)), self.decay)
+
+    def _add(self, fisher: Tensors, decay: float) -> None:
+        """Let what is known so far decay, and add another task's Fisher."""
+        if self.normalise and self.variant == "textbook":
+            mean = torch.cat([value.flatten() for value in fisher.values()]).mean().clamp(min=1e-30)
+            fisher = {name: value / mean for name, value in fisher.items()}
         for name, value in fisher.items():
             self.fisher[name] = decay * self.fisher[name] + value if name in self.fisher else value
 
@@ -126,3 +136,15 @@ def fisher_diagonal(policy: Policy, batch: Batch) -> Tensors:
             if gradient is not None:
                 total[name] += gradient**2
     return {name: value / len(batch) for name, value in total.items()}
+
+
+@torch.no_grad()
+def drawn(policy: Policy, batch: Batch) -> Batch:
+    """The observations of `batch` with choices that `policy` draws at temperature 1."""
+    rng = [stream(0, "ewc", row) for row in range(len(batch))]
+    return replace(batch, sample=policy.act(batch.observation, 1.0, rng).sample, temperature=1.0, log_prob=None)
+
+
+def _spread(batch: Batch, count: int) -> Batch:
+    """Up to `count` rows, evenly spread."""
+    return batch.take(np.linspace(0, len(batch) - 1, min(count, len(batch))).astype(int))

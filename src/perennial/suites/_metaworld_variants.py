@@ -27,6 +27,7 @@ class Shift:
 
 VARIANTS = {
     "id": Shift((0.0, 0.8)),
+    "narrow": Shift((0.0, 0.3)),
     "ood_val": Shift((0.8, 0.9), camera=(0.75, 0.035, 0.73), light=0.8, colours=(1.0, 0.9, 0.8)),
     "ood_test": Shift((0.9, 1.0), camera=(0.72, 0.125, 0.68), light=1.25, colours=(0.8, 0.9, 1.0)),
 }

@@ -5,7 +5,8 @@ Meta-World's users have settled on, without the meshes of the arm above the hand
 
 Initial states are drawn from each task's own reset space. Scaled to the cube [-1, 1], the space is cut into nested
 shells by the largest coordinate: variant "id" lies within 0.8, "ood_val" between 0.8 and 0.9, "ood_test" between 0.9
-and 1. The two shifted variants also move the camera and change light and colours, each in its own way.
+and 1. The two shifted variants also move the camera and change light and colours, each in its own way. Variant "narrow"
+is the inner part of "id", within 0.3: a laboratory in which a few demonstrations might be recorded.
 """
 
 from __future__ import annotations
