@@ -9,6 +9,7 @@ from perennial import discovery, overrides
 from perennial.config import Config, preset, to_json
 from perennial.errors import PerennialError
 from perennial.learning.grpo import GRPO
+from perennial.policies.lora import LoRA
 from perennial.strategies.ewc import EWC
 from perennial.strategies.replay import Replay
 from toyhouse.needy import Needy
@@ -145,9 +146,15 @@ def test_what_does_not_fit_is_refused_in_a_sentence(key, text, message):
         overrides.apply(BASE, {key: text})
 
 
-def test_settings_of_an_absent_adapter_do_not_exist():
-    with pytest.raises(PerennialError, match="'adapter' is None and has no settings"):
-        overrides.apply(BASE, {"policy.adapter": "none", "policy.adapter.rank": "3"})
+def test_an_adapter_is_either_left_out_or_set():
+    with pytest.raises(PerennialError, match=r"--policy\.adapter is none, so --policy\.adapter\.rank sets nothing"):
+        overrides.apply(BASE, {"policy.adapter.rank": "3", "policy.adapter": "none"})
+
+
+def test_a_setting_of_an_absent_adapter_puts_it_in():
+    without = overrides.apply(BASE, {"policy.adapter": "none"})
+    assert overrides.apply(without, {"policy.adapter.rank": "3"}).policy.adapter == LoRA(rank=3)
+    assert overrides.apply(without, {"seed": "3"}).policy.adapter is None
 
 
 def changed(path, value):

@@ -22,9 +22,16 @@ KINDS = {"recipe": "learning", "strategies": "strategies"}
 def apply(config: Any, overrides: Mapping[str, str]) -> Any:
     """`config` with each dotted path set to the value that its text stands for; choices by name come first.
 
+    A setting of something that `config` leaves out, such as an adapter, puts it in.
+
     Raises:
-        PerennialError: an unknown key (nearest ones are listed) or a text that does not fit the field's type.
+        PerennialError: an unknown key (nearest ones are listed), a text that does not fit the field's type, or a
+            setting of what another override leaves out.
     """
+    for path, text in overrides.items():
+        inner = next((other for other in overrides if other.startswith(f"{path}.")), None)
+        if text.lower() == "none" and inner is not None:
+            raise PerennialError(f"--{path} is none, so --{inner} sets nothing; leave one of them out.")
     for path, text in sorted(overrides.items(), key=lambda item: item[0].count(".")):
         config = _set(config, path.replace("-", "_").split("."), text, path)
     return config
@@ -108,10 +115,17 @@ def _set(value: Any, path: list[str], text: str, whole: str) -> Any:
     if head in KINDS:
         return replace(value, **{head: _set_kind(child, KINDS[head], rest, text, whole)})
     if rest:
+        child = _default(kind) if child is None else child
         if not is_dataclass(child):
             raise PerennialError(f"--{whole} does not exist, because {head!r} is {child!r} and has no settings.")
         return replace(value, **{head: _set(child, rest, text, whole)})
     return replace(value, **{head: parse(kind, text, f"--{whole}")})
+
+
+def _default(kind: Any) -> Any:
+    """What an optional part is when it is put in; None for parts without settings."""
+    parts = (option for option in typing.get_args(kind) if isinstance(option, type) and is_dataclass(option))
+    return next((part() for part in parts), None)
 
 
 def _set_kind(parts: tuple[Any, ...], room: str, rest: list[str], text: str, whole: str) -> tuple[Any, ...]:

@@ -66,7 +66,9 @@ class Study:
         methods: by name.
         reference: the method that others are compared with.
         seeds: that every method is run with.
-        orders: name -> trained tasks in another order than the preset's, for methods that ask for it.
+        orders: name -> trained tasks other than the preset's, or in another order, for methods that ask for it.
+        pooled: those of `orders` that teach different tasks to the same end; the protocol table has one line for each
+            method, the mean over these. Empty: there is no such table.
         overrides: settings that all runs share.
         preparations: made before the runs, in this order.
         source: where the published numbers come from, in words.
@@ -78,6 +80,7 @@ class Study:
     reference: str = "sequential"
     seeds: tuple[int, ...] = (0, 1, 2)
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    pooled: tuple[str, ...] = ()
     overrides: Mapping[str, str] = field(default_factory=dict)
     preparations: tuple[Preparation, ...] = ()
     source: str = ""
