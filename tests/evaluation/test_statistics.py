@@ -8,7 +8,15 @@ from matrices import HAND_MADE, matrix_of_rates, simulated
 from perennial.errors import PerennialError
 from perennial.evaluation import statistics
 from perennial.evaluation.metrics import METRICS
-from perennial.evaluation.statistics import difference, mean_difference, summary, summary_of_runs, wilson
+from perennial.evaluation.statistics import (
+    difference,
+    difference_of_groups,
+    mean_difference,
+    summary,
+    summary_of_groups,
+    summary_of_runs,
+    wilson,
+)
 from perennial.evaluation.success_matrix import SuccessMatrix
 
 
@@ -225,3 +233,28 @@ def test_a_mean_difference_is_the_mean_of_the_differences_and_knows_that_states_
     assert mean_difference(pairs[:1]) == difference(*pairs[0])
     with pytest.raises(PerennialError, match="no pair"):
         mean_difference([])
+
+
+def test_groups_of_runs_count_alike_and_are_not_resampled():
+    low = [matrix_of_rates([[0.1], [rate]], trained=1, episodes=200) for rate in (0.2, 0.2, 0.2, 0.2)]
+    high = [matrix_of_rates([[0.1], [0.8]], trained=1, episodes=200)]
+    found = summary_of_groups([low, high])["avg"]
+    assert (found.value, found.n) == (pytest.approx(0.5), 5)
+    assert found.high - found.low < 0.15, "were groups resampled, the mean would reach from 0.2 to 0.8"
+    assert summary_of_groups([low]) == summary_of_runs(low)
+    for groups in ([], [low, []]):
+        with pytest.raises(PerennialError, match="no run"):
+            summary_of_groups(groups)
+
+
+def test_the_difference_of_groups_is_the_mean_of_their_mean_differences():
+    first, second = (
+        [matrix_of_rates([[0.1], [rate]], trained=1, episodes=50) for rate in rates]
+        for rates in ((0.2, 0.4), (0.5, 0.9))
+    )
+    groups = [[(first[0], second[0]), (first[1], second[1])], [(second[0], first[0])]]
+    found = difference_of_groups(groups)["avg"]
+    assert (found.value, found.n) == (pytest.approx((0.4 - 0.3) / 2), 3)
+    assert difference_of_groups(groups[:1]) == mean_difference(groups[0])
+    with pytest.raises(PerennialError, match="no pair"):
+        difference_of_groups([[]])

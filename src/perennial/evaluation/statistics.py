@@ -45,6 +45,8 @@ class Estimate:
 Pair = tuple[SuccessMatrix, SuccessMatrix]
 Summary = dict[str, Estimate | None]
 """By metric: avg, gain, nbt, fwt, zs, zs_gain; None where it is undefined or a cell it needs is missing."""
+Drawn = tuple[float | None, np.ndarray]
+"""A figure as measured, None where it is undefined, and in each of `RESAMPLES` resamples."""
 
 
 def wilson(successes: int, episodes: int) -> Estimate:
@@ -80,14 +82,21 @@ def summary_of_runs(matrices: Sequence[SuccessMatrix]) -> Summary:
         raise PerennialError("The runs teach different tasks, so their mean says nothing; summarise them separately.")
     if len(matrices) == 1:
         return summary(matrices[0])
-    resampled = [_resampled_rates([m], RESAMPLES, ("runs",))[0] for m in matrices]  # one key, so the same states
-    return {
-        name: _pooled(
-            [_value(metric, m) for m in matrices],
-            [_metric(metric, r, m) for r, m in zip(resampled, matrices, strict=True)],
-        )
-        for name, metric in METRICS.items()
-    }
+    return {name: _told(drawn, len(matrices)) for name, drawn in _drawn(matrices).items()}
+
+
+def summary_of_groups(groups: Sequence[Sequence[SuccessMatrix]]) -> Summary:
+    """Means over groups of runs, one group for each choice of taught tasks; within a group only the seed differs.
+
+    Groups count alike and are not resampled: the figures are about these tasks. Seeds and states are.
+
+    Raises:
+        PerennialError: there is no group, or one is empty.
+    """
+    if not groups or not all(groups):
+        raise PerennialError("There is no run to summarise; give at least one for each group.")
+    found = [_drawn(matrices) for matrices in groups]
+    return {name: _told(_mean([f[name] for f in found]), sum(map(len, groups))) for name in METRICS}
 
 
 def difference(first: SuccessMatrix, second: SuccessMatrix) -> Summary:
@@ -120,7 +129,22 @@ def mean_difference(pairs: Sequence[Pair]) -> Summary:
     if len(pairs) == 1:
         return difference(*pairs[0])
     found = [_differences(_common(*pair)) for pair in pairs]
-    return {name: _pooled([f[name][0] for f in found], [f[name][1] for f in found]) for name in METRICS}
+    return {name: _told(_over_runs([f[name] for f in found]), len(pairs)) for name in METRICS}
+
+
+def difference_of_groups(groups: Sequence[Sequence[Pair]]) -> Summary:
+    """The mean of `mean_difference` over groups of pairs of runs, see `summary_of_groups`.
+
+    Raises:
+        PerennialError: there is no group, or one is empty, or the runs of a pair have no task in common.
+    """
+    if not groups or not all(groups):
+        raise PerennialError("There is no pair of runs to compare; give at least one for each group.")
+    found = [[_differences(_common(*pair)) for pair in pairs] for pairs in groups]
+    return {
+        name: _told(_mean([_over_runs([f[name] for f in group]) for group in found]), sum(map(len, groups)))
+        for name in METRICS
+    }
 
 
 def _common(first: SuccessMatrix, second: SuccessMatrix) -> Pair:
@@ -138,10 +162,19 @@ def _common(first: SuccessMatrix, second: SuccessMatrix) -> Pair:
     return first.restricted(trained, held_out, episodes), second.restricted(trained, held_out, episodes)
 
 
-def _differences(pair: Pair) -> dict[str, tuple[float | None, np.ndarray]]:
+def _drawn(matrices: Sequence[SuccessMatrix]) -> dict[str, Drawn]:
+    """By metric: the mean over runs that differ in their seed."""
+    resampled = [_resampled_rates([m], RESAMPLES, ("runs",))[0] for m in matrices]  # one key, so the same states
+    return {
+        name: _over_runs([(_value(metric, m), _metric(metric, r, m)) for r, m in zip(resampled, matrices, strict=True)])
+        for name, metric in METRICS.items()
+    }
+
+
+def _differences(pair: Pair) -> dict[str, Drawn]:
     """By metric: second minus first as measured, and in each resample."""
     resampled = _resampled_rates(pair, RESAMPLES, ("difference",))
-    found: dict[str, tuple[float | None, np.ndarray]] = {}
+    found: dict[str, Drawn] = {}
     for name, metric in METRICS.items():
         values = [_value(metric, m) for m in pair]
         spreads = [_metric(metric, r, m) for r, m in zip(resampled, pair, strict=True)]
@@ -150,14 +183,26 @@ def _differences(pair: Pair) -> dict[str, tuple[float | None, np.ndarray]]:
     return found
 
 
-def _pooled(values: Sequence[float | None], spreads: Sequence[np.ndarray]) -> Estimate | None:
-    """The mean over runs, resampled; `spreads` [RESAMPLES] each, of the same draws of states. None without a value."""
-    known, runs = [value for value in values if value is not None], len(values)
-    if len(known) < runs:
-        return None
+def _over_runs(found: Sequence[Drawn]) -> Drawn:
+    """The mean over runs, which are resampled; all of the same draws of states."""
+    runs = len(found)
     chosen = stream(0, "bootstrap", "seeds").integers(runs, size=(RESAMPLES, runs))
-    resampled = np.stack(spreads)[chosen, np.arange(RESAMPLES)[:, None]].mean(axis=1)
-    return _estimate(float(np.mean(known)), resampled, runs)
+    spreads = np.stack([spread for _, spread in found])[chosen, np.arange(RESAMPLES)[:, None]]
+    return _mean(found)[0], spreads.mean(axis=1)
+
+
+def _mean(found: Sequence[Drawn]) -> Drawn:
+    """The mean over what is not resampled; None if one is."""
+    values = [value for value, _ in found if value is not None]
+    return (
+        float(np.mean(values)) if len(values) == len(found) else None,
+        np.mean([spread for _, spread in found], axis=0),
+    )
+
+
+def _told(drawn: Drawn, n: int) -> Estimate | None:
+    value, spread = drawn
+    return None if value is None else _estimate(value, spread, n)
 
 
 def _resampled_rates(matrices: Sequence[SuccessMatrix], resamples: int, key: Key) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from perennial import __version__
 from perennial.errors import PerennialError
 from perennial.evaluation.statistics import mean_difference, summary_of_runs
 from perennial.evaluation.success_matrix import SuccessMatrix
-from perennial.reports import page, plots, words
+from perennial.reports import page, plots, protocol, words
 from perennial.reports.summary import percent
 from perennial.storage import atomic
 from perennial.studies import base
@@ -44,6 +44,8 @@ def command(folder: Path, as_json: bool, console: Console) -> None:
     atomic.write_json(target.with_name("report.json"), found)
     atomic.write_text(target.with_name("table.md"), markdown(found))
     atomic.write_text(target, _render(found))
+    if found["protocol"]:
+        console.print(protocol.table(found["protocol"], found["description"]))
     for decoder in found["decoders"]:
         console.print(_table(found, decoder))
     console.print(f"Report: {target}", highlight=False, soft_wrap=True)
@@ -54,7 +56,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
     Returns:
         `study`, `description`, `preset`, `reference`, `source`, `decoders`, `environments` (the machines that results
-        were made on), `missing` (runs without a result), and
+        were made on), `missing` (runs without a result), `protocol` (see `reports.protocol.figures`), and
         `rows`, one for each method and order with a result: `row`, `section`, `seeds`, `overrides`, `commands`,
         `published` (metric -> percentage points), `cost` (medians over seeds, see `studies._results.Result`) and
         `decoders`, which has for each decoder the metrics over seeds, `versus` (their difference to the reference on
@@ -79,6 +81,7 @@ def figures(folder: Path) -> dict[str, Any]:
         "decoders": [decoder for variant, decoder in one.matrices if variant == next(iter(one.matrices))[0]],
         "environments": _environments(results),
         "missing": [e.name for e in base.grid(study) if e.seed not in results.get(e.row, {})],
+        "protocol": protocol.figures(study, results),
         "rows": [_row(entries[row], results[row], reference) for row in results],
     }
 
@@ -179,8 +182,8 @@ def _render(found: Mapping[str, Any]) -> str:
 
 
 def markdown(found: Mapping[str, Any]) -> str:
-    """The results as Markdown tables, one for each decoder, with the difference in AVG to the reference."""
-    lines: list[str] = []
+    """The results as Markdown tables: the protocol, then one for each decoder with the difference in AVG."""
+    lines = protocol.markdown(found["protocol"], found["reference"]) if found["protocol"] else []
     for decoder in found["decoders"]:
         names = ("method", "seeds", *SHORT.values(), f"AVG minus {found['reference']}")
         lines += [f"{decoder.capitalize()} decoding:", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]

@@ -65,6 +65,7 @@ def write(folder: Path, entry: Entry, study: str, peak_bytes: int) -> None:
         "training": [
             [round(success, 4) for _, success in record.success_curve(phase)] for phase in range(len(record.phases))
         ],
+        "accounts": list(record.accounts),
         "matrices": [
             {"variant": variant, "decoder": decoder, **_packed(matrix)}
             for (variant, decoder), matrix in record.matrices.items()
