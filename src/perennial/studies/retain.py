@@ -27,7 +27,6 @@ BASES = {
 """Tasks that a base is pretrained on; every base has the same demonstrations and gradient steps for each task."""
 STEPS_PER_TASK = 80
 DATA, NARROW = "{folder}/demonstrations", "{folder}/narrow"
-ALPHAS = "0,0.2,0.4,0.6,0.8,1"
 
 
 CO = {"recipe.sft.pretraining": DATA}
