@@ -8,7 +8,8 @@ from perennial.presets.retain_metaworld import GENERALIST
 from perennial.studies.base import Method, Preparation, Study
 
 NEW = (
-    "door-open-v3", "faucet-open-v3", "plate-slide-v3", "window-open-v3", "handle-press-side-v3", "button-press-wall-v3",
+    "door-open-v3", "faucet-open-v3", "plate-slide-v3", "window-open-v3", "handle-press-side-v3",
+    "button-press-wall-v3",
     "plate-slide-back-side-v3", "door-unlock-v3", "button-press-topdown-wall-v3", "plate-slide-side-v3",
 )  # fmt: skip
 STEPS_PER_TASK = 80
