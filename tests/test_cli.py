@@ -158,3 +158,11 @@ def test_lists_are_for_people_and_for_programs(kind, capsys):
 
 def test_options_and_values_are_paired():
     assert cli.pairs(["--a.b", "1", "--c=2=3", "--d=", "--e", "-1"]) == {"a.b": "1", "c": "2=3", "d": "", "e": "-1"}
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "perennial", "list", "strategies", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 1

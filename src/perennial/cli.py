@@ -31,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     try:
         _dispatch(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, for example `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except PerennialError as error:
         errors.print(f"[red]perennial:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
