@@ -4,10 +4,11 @@
 
 Generates two bfloat16 checkpoints, then alternates copies (shutil, fsync) and linear merges, each in a process of its
 own, and prints JSON. A copy reads the model once and writes it once; a merge reads and hashes two models and writes
-one. `speed` is median copy time over median merge time: 1 means that merging costs what copying the result costs;
-`input_speed` is the same for copying both inputs, the bytes that a merge has to read. Times mean something on an idle
-machine only; the CPU seconds say what bounds the merge where the disk is fast and cores are few: SHA-256. With `--cold`
-the inputs are dropped from the page cache before every run.
+one. With `--mergekit` the linear merge of mergekit (arXiv 2403.13257) takes its turn as well. `speed` is median copy
+time over median merge time: 1 means that merging costs what copying the result costs; `input_speed` is the same for
+copying both inputs, the bytes that a merge has to read. Times mean something on an idle machine only; the CPU seconds
+say what bounds the merge where the disk is fast and cores are few: SHA-256. With `--cold` the inputs are dropped from
+the page cache before every run.
 """
 
 from __future__ import annotations
@@ -25,16 +26,21 @@ from pathlib import Path
 import tyro
 
 CHILD = """
-import json, os, shutil, sys, time
+import json, os, resource, shutil, subprocess, sys, time
 from pathlib import Path
-kind, base, tuned, out = sys.argv[1], *map(Path, sys.argv[2:])
+kind, base, tuned, out = sys.argv[1], *map(Path, sys.argv[2:5])
 if kind == "merge":
     from perennial.merging.checkpoints import merge_checkpoints
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
-before, start, cpu = peak(), time.perf_counter(), time.process_time()
+def used():
+    return time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+before, start, cpu = peak(), time.perf_counter(), used()
 if kind == "merge":
     merge_checkpoints(base, tuned, out, alpha=0.8)
+elif kind == "mergekit":
+    options = ["--lazy-unpickle", "--no-copy-tokenizer", "--out-shard-size", "4B", "--quiet"]
+    subprocess.run([sys.argv[5], sys.argv[6], str(out), *options], check=True, stdout=subprocess.DEVNULL)
 else:
     out.mkdir()
     for file in base.iterdir():
@@ -42,8 +48,10 @@ else:
         with (out / file.name).open("rb") as stream:
             os.fsync(stream.fileno())
 seconds = time.perf_counter() - start
-cpu = time.process_time() - cpu
-print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak(), "grown_mb": peak() - before}))
+cpu = used() - cpu
+child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+peaks = {"peak_mb": max(peak(), child), "grown_mb": peak() - before}
+print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, **peaks}))
 """
 
 
@@ -57,6 +65,8 @@ class Arguments:
     """Of copy and merge, alternating."""
     cold: bool = False
     """Drop the inputs from the page cache before each run."""
+    mergekit: Path | None = None
+    """The program `mergekit-yaml`, installed in an environment of its own."""
     folder: Path | None = None
     """On the disk to measure; the system's temporary folder by default."""
 
@@ -67,38 +77,65 @@ def main(arguments: Arguments) -> None:
         models = [root / "base", root / "tuned"]
         for seed, model in enumerate(models):
             generate(model, arguments.gigabytes, seed)
-        runs: dict[str, list[dict[str, float]]] = {"copy": [], "merge": []}
+        (root / "mergekit.yml").write_text(json.dumps(linear(models)))  # JSON is YAML
+        kinds = ["copy", "merge", *(["mergekit"] if arguments.mergekit else [])]
+        runs: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
         for _ in range(arguments.repetitions):
             for kind, results in runs.items():
                 if arguments.cold:
                     drop_from_cache(models)
                 command = [sys.executable, "-c", CHILD, kind, *map(str, models), str(root / "out")]
-                finished = subprocess.run(command, check=True, capture_output=True, text=True)
+                command += [str(arguments.mergekit), str(root / "mergekit.yml")]
+                finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 results.append(json.loads(finished.stdout))
                 shutil.rmtree(root / "out")
     print(json.dumps(summary(arguments, runs), indent=2))
 
 
 def generate(folder: Path, gigabytes: float, seed: int) -> None:
-    """Layers of 64 MB in shards of 4 GB, written in float noise so that no file system compresses them."""
+    """A Llama in bfloat16 of 0.4 GB a layer, in shards of 10 layers, of noise that no file system compresses."""
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir()
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(4096, 8192, generator=generator).bfloat16()
-    layers = max(1, round(gigabytes * 1e9 / (noise.numel() * 2)))
-    shards = [range(start, min(start + 60, layers)) for start in range(0, layers, 60)]
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {f"language_model.model.layers.{i:03}.weight": noise.roll(i) for i in shard}
+    noise = torch.randn(4096, 11008, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    square, gain, words = noise[:, :4096].contiguous(), noise[:1, :4096].flatten().clone(), noise[:1000, :4096].clone()
+    layers = max(1, round(gigabytes * 1e9 / (2 * (3 * noise.numel() + 4 * square.numel()))))
+    weight_map: dict[str, str] = {}
+    starts = range(0, layers, 10)
+    for number, start in enumerate(starts, 1):
+        tensors: dict[str, torch.Tensor] = {}
+        for layer in range(start, min(start + 10, layers)):
+            inside = f"model.layers.{layer}"
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                tensors[f"{inside}.self_attn.{name}.weight"] = square.roll(len(tensors))
+            for name in ("gate_proj", "up_proj"):
+                tensors[f"{inside}.mlp.{name}.weight"] = noise.T.contiguous().roll(len(tensors))
+            tensors[f"{inside}.mlp.down_proj.weight"] = noise.roll(len(tensors))
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"{inside}.{name}.weight"] = gain.clone()
+        if start == 0:
+            tensors |= {
+                "model.embed_tokens.weight": words,
+                "lm_head.weight": words + 1,
+                "model.norm.weight": gain.clone(),
+            }
+        file = f"model-{number:05}-of-{len(starts):05}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         with (folder / file).open("rb") as stream:
             os.fsync(stream.fileno())
-    index = {"metadata": {"total_size": layers * noise.numel() * 2}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": layers, "vocab_size": 1000}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 32, "torch_dtype": "bfloat16"}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes, **heads}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def linear(models: list[Path]) -> dict[str, object]:
+    """What mergekit is told: the same 0.2 and 0.8."""
+    parts = [{"model": str(model), "parameters": {"weight": w}} for model, w in zip(models, (0.2, 0.8), strict=True)]
+    return {"merge_method": "linear", "models": parts, "dtype": "bfloat16"}
 
 
 def drop_from_cache(models: list[Path]) -> None:
@@ -114,13 +151,11 @@ def summary(arguments: Arguments, runs: dict[str, list[dict[str, float]]]) -> di
         "cold": arguments.cold,
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
-        "copy_seconds": [round(r["seconds"], 2) for r in runs["copy"]],
-        "merge_seconds": [round(r["seconds"], 2) for r in runs["merge"]],
-        "copy_cpu_seconds": [round(r["cpu_seconds"], 2) for r in runs["copy"]],
-        "merge_cpu_seconds": [round(r["cpu_seconds"], 2) for r in runs["merge"]],
+        **{f"{kind}_seconds": [round(r["seconds"], 2) for r in results] for kind, results in runs.items()},
+        **{f"{kind}_cpu_seconds": [round(r["cpu_seconds"], 2) for r in results] for kind, results in runs.items()},
+        **{f"{kind}_peak_mb": round(max(r["peak_mb"] for r in results)) for kind, results in runs.items()},
         "speed": round(seconds["copy"] / seconds["merge"], 3),
         "input_speed": round(2 * seconds["copy"] / seconds["merge"], 3),
-        "merge_peak_mb": round(max(r["peak_mb"] for r in runs["merge"])),
         "merge_peak_grown_mb": round(max(r["grown_mb"] for r in runs["merge"])),
     }
 
