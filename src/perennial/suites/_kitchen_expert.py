@@ -29,7 +29,7 @@ _DRIVE = 0.15
 """Longest way and turn of the hand in a control step, in metres and radians."""
 _GAIN = 0.5
 _GAP = 0.065
-_DAMPING = 0.02
+_DAMPING = 0.04
 _WEIGHTS = np.array([1, 1, 1, 0.3, 0.3, 0.3])
 _NEAR = 0.015
 _FUNNEL = 5.0
