@@ -6,47 +6,48 @@ from dataclasses import dataclass
 
 from perennial.suites.base import Sequence, Task
 
-# name: (first training paraphrase, second training paraphrase, evaluation paraphrase, horizon)
+_HORIZON = 96
+"""Control steps, 7.7 s; the scripted expert needs at most 70."""
+
+# name: (first training paraphrase, second training paraphrase, evaluation paraphrase)
 _SENTENCES = {
-    "microwave": ("open the microwave", "pull the microwave door open", "open the door of the microwave", 120),
+    "microwave": ("open the microwave", "pull the microwave door open", "open the door of the microwave"),
     "kettle": (
         "move the kettle to the back burner",
         "push the kettle back to the top burner",
         "push the kettle to the back burner",
-        120,
     ),
     "bottom-burner": (
         "turn on the bottom burner",
         "turn the knob of the bottom burner",
         "turn the bottom burner on",
-        120,
     ),
-    "top-burner": ("turn on the top burner", "turn the knob of the top burner", "turn the top burner on", 120),
-    "light-switch": ("turn on the light", "switch the light on", "switch on the light", 120),
+    "top-burner": ("turn on the top burner", "turn the knob of the top burner", "turn the top burner on"),
+    "light-switch": ("turn on the light", "switch the light on", "switch on the light"),
     "slide-cabinet": (
         "slide the cabinet door open",
         "open the sliding cabinet",
         "slide open the door of the sliding cabinet",
-        120,
     ),
-    "hinge-cabinet": ("open the hinge cabinet", "pull the door of the hinge cabinet open", "open the door of the hinge cabinet", 120),
+    "hinge-cabinet": (
+        "open the hinge cabinet",
+        "pull the door of the hinge cabinet open",
+        "open the door of the hinge cabinet",
+    ),
     "slide-cabinet-red": (
         "slide the red cabinet door open",
         "open the red sliding cabinet",
         "slide open the red door of the sliding cabinet",
-        120,
     ),
     "slide-cabinet-yellow": (
         "slide the yellow cabinet door open",
         "open the yellow sliding cabinet",
         "slide open the yellow door of the sliding cabinet",
-        120,
     ),
 }
 
 TASKS = {
-    name: Task(name, (first, second), evaluation, horizon)
-    for name, (first, second, evaluation, horizon) in _SENTENCES.items()
+    name: Task(name, (first, second), evaluation, _HORIZON) for name, (first, second, evaluation) in _SENTENCES.items()
 }
 
 DOORS = {"slide-cabinet-red": (0.8, 0.1, 0.1), "slide-cabinet-yellow": (0.9, 0.8, 0.1)}
@@ -73,4 +74,12 @@ VARIANTS = {
     "id": Shift((0.0, 0.8)),
     "ood_val": Shift((0.8, 0.9), camera=(74.0, -33.0), light=0.8),
     "ood_test": Shift((0.9, 1.0), camera=(66.0, -38.0), light=1.25),
+}
+
+SEQUENCES = {
+    "sub_tasks": Sequence(trained=tuple(name for name in TASKS if name not in DOORS), held_out=tuple(DOORS)),
+    "ire_vla": Sequence(
+        trained=("slide-cabinet-red", "hinge-cabinet"),
+        held_out=("bottom-burner", "light-switch", "microwave", "slide-cabinet", "slide-cabinet-yellow"),
+    ),
 }
