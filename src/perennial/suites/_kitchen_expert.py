@@ -195,7 +195,8 @@ def _joints(motion: np.ndarray, wanted: np.ndarray, angles: np.ndarray, limits: 
         if not ((below | above) * free).any():
             break
         free[below | above] = 0
-    return change * free
+    result: np.ndarray = change * free
+    return result
 
 
 def _shortened(vector: np.ndarray, longest: float) -> np.ndarray:
