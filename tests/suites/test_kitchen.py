@@ -24,6 +24,13 @@ def simulator(test):
     return pytest.mark.simulator(skip(test))
 
 
+def simulations():
+    """The module that imports the simulator; an environment must have been made, which chooses how MuJoCo draws."""
+    from perennial.suites import _kitchen_simulation
+
+    return _kitchen_simulation
+
+
 def start(environment, index=0, split="training"):
     return environment.reset(options={"split": split, "index": index})
 
@@ -87,12 +94,10 @@ def test_conformance(check):
 @pytest.mark.parametrize("task", SUITE.tasks)
 def test_expert_episodes_are_those_of_gymnasium_robotics_bit_for_bit(task):
     """Its own environment without noise, put into our initial state, moves alike and is solved in the same step."""
-    from perennial.suites import _kitchen_simulation as simulations
-
     element = task.removesuffix("-red").removesuffix("-yellow").replace("-", " ")
     settings = {"object_noise_ratio": 0.0, "robot_noise_ratio": 0.0, "tasks_to_complete": [element]}
-    reference = simulations.kitchen_env.KitchenEnv(**settings)
     environment, expert = SUITE.make(task), SUITE.expert(task)
+    reference = simulations().kitchen_env.KitchenEnv(**settings)
     start(environment, 3)
     ours, theirs = environment.simulation, reference.robot_env
     theirs.init_qpos[:] = ours.data.qpos
@@ -115,12 +120,10 @@ def test_expert_episodes_are_those_of_gymnasium_robotics_bit_for_bit(task):
 @simulator
 def test_initial_states_lie_in_the_shells_that_the_variants_promise():
     """They fill them too; the robot's base stays at its height, the rest of the kitchen where it is."""
-    from perennial.suites import _kitchen_simulation as simulations
-
-    robot = simulations.original().robot_env
     half = np.array([0.1] * 7 + [0.02] * 4)
     for variant, (inner, outer) in {"id": (0.0, 0.8), "ood_val": (0.8, 0.9), "ood_test": (0.9, 1.0)}.items():
         environment = SUITE.make("kettle", variant)
+        robot = simulations().original().robot_env
         simulation, base = environment.simulation, environment.simulation.model.body("panda0_link0").parentid[0]
         distances = []
         for index in range(40):
