@@ -18,6 +18,7 @@ from rich.markup import escape
 from perennial import __version__
 from perennial.commands import COMMANDS, Run
 from perennial.errors import PerennialError, unknown
+from perennial.planning.options import Plan
 
 errors = Console(stderr=True)
 
@@ -56,7 +57,7 @@ def _dispatch(arguments: list[str]) -> None:
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
         return_unknown_args=True,
     )
-    if isinstance(command, Run):
+    if isinstance(command, Run | Plan):
         command(pairs(rest))
     elif rest:
         options = [f"--{f.name.replace('_', '-')}" for f in fields(command)]

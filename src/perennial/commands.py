@@ -14,6 +14,7 @@ from rich.markup import escape
 from tyro.conf import Positional
 
 from perennial import discovery
+from perennial.planning.options import Plan
 
 console = Console()
 
@@ -378,6 +379,7 @@ class List:
 
 COMMANDS: dict[str, type] = {
     "run": Run,
+    "plan": Plan,
     "resume": Resume,
     "evaluate": Evaluate,
     "study": Study,

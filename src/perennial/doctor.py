@@ -281,17 +281,7 @@ def describe_machine() -> dict[str, str | int | None]:
     import psutil
     import torch
 
-    libraries = (
-        "perennial",
-        "torch",
-        "numpy",
-        "transformers",
-        "peft",
-        "gymnasium",
-        "mujoco",
-        "metaworld",
-        "gymnasium-robotics",
-    )
+    libraries = ("perennial", "torch", "numpy", "transformers", "peft", "gymnasium", "mujoco", "metaworld")
     return {
         "python": platform.python_version(),
         **{name: installed_version(name) for name in libraries},

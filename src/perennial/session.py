@@ -16,6 +16,7 @@ from perennial.display import Display
 from perennial.interrupt import InterruptedRunError, TwoStageInterrupt
 from perennial.learning.base import Objective
 from perennial.learning.optimizer import build_optimizer, optimised
+from perennial.planning.check import check_memory
 from perennial.policies._learned import load_learned, save_learned
 from perennial.policies._placement import load_policy, recompute_blocks
 from perennial.policies.base import Policy
@@ -104,6 +105,7 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     """Load the base policy and the last commit, and start the workers; `stack` ends what was started."""
     suite = discovery.find("suites", config.suite, Suite)()
     checkpoint = configuration.checkpoint_folder(config.policy.checkpoint)
+    check_memory(config)
     chosen = config.policy
     policy = load_policy(chosen.name, checkpoint, chosen.device, chosen.dtype)
     if chosen.adapter is not None:

@@ -25,7 +25,7 @@ FENCE = re.compile(r"^ *```(bash|console|sh|shell) *\n(.*?)^ *``` *$", re.MULTIL
 PYTHON_FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 BEFORE_A_COMMAND = re.compile(r"do|time|nohup|[A-Z_]+=.*")
-QUICK = {"list"}
+QUICK = {"list", "plan"}
 """Commands that are run as they stand; every other one is only parsed, except that `run` gets `--dry-run`."""
 
 

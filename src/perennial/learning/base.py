@@ -55,6 +55,10 @@ class Objective(ABC):
         """
         return
 
+    def rows(self, decisions: int) -> int:
+        """Rows that one update passes forward and backward at most, where `decisions` were played for it."""
+        return decisions
+
     @abstractmethod
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """The episodes to play before the update named by `key`; none for learning from demonstrations."""

@@ -53,6 +53,10 @@ class GRPO(Objective):
     epochs: int = 2
     minibatches: int = 4
 
+    def rows(self, decisions: int) -> int:
+        """`epochs` passes over every decision."""
+        return self.epochs * decisions
+
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """`groups` x `group_size` episodes; groups are dealt to `tasks` and initial states in turn."""
         return deal(tasks, key, self.groups, self.group_size, self.initial_states, self.temperature)

@@ -78,6 +78,10 @@ class PPO(Objective):
             if getattr(self, name) > 1:
                 raise PerennialError(f"--recipe.ppo.{name} is {getattr(self, name)}, but it must be at most 1.")
 
+    def rows(self, decisions: int) -> int:
+        """`epochs` passes over every decision."""
+        return self.epochs * decisions
+
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """`rollouts` episodes, dealt to `tasks` and initial states in turn."""
         return deal(tasks, key, self.rollouts, 1, self.initial_states, self.temperature)

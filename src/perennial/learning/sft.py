@@ -59,6 +59,10 @@ class SFT(Objective):
                     f"`perennial demos {self.demonstrations} --tasks {task}`, or set --recipe.sft.demonstrations."
                 )
 
+    def rows(self, decisions: int) -> int:
+        """`steps` x `batch_size`."""
+        return self.steps * self.batch_size
+
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """None: the experience is recorded already."""
         return []

@@ -69,6 +69,10 @@ class Exploration:
         if not self.level > 0:
             raise ValueError(f"exploration.level is {self.level}, not above 0")
 
+    def passes(self, denoising_steps: int) -> int:
+        """Stochastic steps of one decision, each of which the update looks at."""
+        return 1 if self.steps == "one" else denoising_steps
+
 
 @dataclass(frozen=True)
 class PI0Config:

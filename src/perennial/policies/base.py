@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perennial.policies._anatomy import Anatomy
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -211,6 +213,16 @@ class Policy(ABC):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that learn, by name, in a fixed order."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @classmethod
+    def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
+        """Sizes of the network, from which `perennial plan` counts memory and time; no weight is loaded.
+
+        Args:
+            folder: of a base checkpoint, of which the weights need not be there; None is the published model.
+            instruction: what the policy is told.
+        """
+        raise NotImplementedError(f"{cls.name} does not describe its network")
 
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks of `model` that gradient checkpointing may run twice: they do nothing but compute."""

@@ -27,6 +27,7 @@ class OpenVLA(OpenVLAOFT):
 
     name: ClassVar[str] = "openvla"
     published_chunk: ClassVar[int] = 1
+    one_by_one: ClassVar[bool] = True
 
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
         """Decide each token by the inverse of its cumulative distribution at the next of K uniform numbers per row."""

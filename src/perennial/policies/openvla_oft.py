@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _images, _openvla_published, _tokenizer
+from perennial.policies import _images, _openvla_anatomy, _openvla_published, _tokenizer
+from perennial.policies._anatomy import Anatomy
 from perennial.policies._openvla_oft_config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
 from perennial.policies._placement import module_lists
 from perennial.policies._tensors import read_tensors, write_tensors
@@ -56,6 +57,7 @@ class OpenVLAOFT(Policy):
 
     name: ClassVar[str] = "openvla_oft"
     published_chunk: ClassVar[int] = 8
+    one_by_one: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -227,6 +229,11 @@ class OpenVLAOFT(Policy):
         for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions
             parameter.data = parameter.data.to(dtype)
         return cls(config, tokenizer, model.to(device))
+
+    @classmethod
+    def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
+        """See `Policy.anatomy`."""
+        return _openvla_anatomy.read(folder, cls.published_chunk, instruction, cls.one_by_one)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks of both vision towers and of the Llama."""

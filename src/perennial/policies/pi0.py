@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _flow, _images, _tokenizer
+from perennial.policies import _flow, _images, _pi0_anatomy, _tokenizer
+from perennial.policies._anatomy import Anatomy
 from perennial.policies._pi0_config import Exploration, Moments, PI0Config, small_config
 from perennial.policies._placement import module_lists
 from perennial.policies._tensors import write_tensors
@@ -202,6 +203,11 @@ class PI0(Policy):
         (folder / "config.json").write_text(content + "\n")
         self.tokenizer.save(str(folder / "tokenizer.json"))
         write_tensors(folder / "model.safetensors", self.acting_weights(), dtype)
+
+    @classmethod
+    def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
+        """See `Policy.anatomy`."""
+        return _pi0_anatomy.read(folder, instruction)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The vision tower's blocks and the decoders' perceptrons; attention adds to a cache and must run once."""

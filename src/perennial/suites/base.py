@@ -72,6 +72,7 @@ class Suite(ABC):
         variants: names of shifted versions of every task; the first is the in-distribution one.
         state_dim: length S of the proprioceptive state.
         action_dim: length D of an action.
+        steps_per_second: environment steps of one process, without pictures, as far as measured; for plans only.
     """
 
     name: ClassVar[str]
@@ -80,6 +81,7 @@ class Suite(ABC):
     variants: tuple[str, ...] = ("id",)
     state_dim: int
     action_dim: int
+    steps_per_second: float = 100.0
 
     @abstractmethod
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> Environment:

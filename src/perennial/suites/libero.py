@@ -54,6 +54,7 @@ class Libero(base.Suite):
     sequences: Mapping[str, base.Sequence] = SEQUENCES
     state_dim = 8
     action_dim = 7
+    steps_per_second = 70.0
 
     @property
     def tasks(self) -> Mapping[str, base.Task]:  # type: ignore[override]

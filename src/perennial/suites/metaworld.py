@@ -33,6 +33,7 @@ class MetaWorld(base.Suite):
     variants = tuple(VARIANTS)
     state_dim = 4
     action_dim = 4
+    steps_per_second = 4000.0
 
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> MetaWorldEnvironment:
         """Build the environment of `task`; see `Suite.make`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -12,16 +13,29 @@ from torch.profiler import ProfilerActivity, profile
 
 @contextmanager
 def kept_for_backward() -> Iterator[dict[int, int]]:
-    """Storages that autograd keeps of what is computed inside: address -> bytes, weights included."""
+    """Storages that autograd still keeps at the end of what is computed inside: address -> bytes, weights included.
+
+    The dictionary is filled when the block ends.
+    """
     sizes: dict[int, int] = {}
+    alive: WeakSet[_Kept] = WeakSet()
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def keep(tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        alive.add(kept)
+        return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept.tensor):
         yield sizes
+    storages = [kept.tensor.untyped_storage() for kept in alive]
+    sizes |= {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+class _Kept:
+    """A tensor for as long as autograd keeps it; detached, as it would else keep the node that keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
 
 
 def peak_bytes(work: Callable[[], object]) -> int:

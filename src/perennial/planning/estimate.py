@@ -1,0 +1,210 @@
+"""Memory and time of a run from sizes alone; every function is pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from perennial.planning.gpus import GPU
+from perennial.policies import _anatomy
+from perennial.policies._anatomy import Anatomy, Learning
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a network is used.
+
+    Attributes:
+        anatomy: of the network.
+        rank: of the adapter, None where every parameter learns; `rank_by_group` where it differs.
+        dtype: of the base weights.
+        recompute: gradient checkpointing.
+        micro_batch: rows in one forward and backward pass.
+        slots: rows in one forward pass of acting.
+        actors: processes that act on the device; each holds weights of its own beside the learner's.
+        shared: the actors share one copy of the weights (on the CPU).
+    """
+
+    anatomy: Anatomy
+    rank: int | None
+    rank_by_group: tuple[tuple[str, int], ...] = ()
+    dtype: str = "float32"
+    recompute: bool = False
+    micro_batch: int = 256
+    slots: int = 16
+    actors: int = 1
+    shared: bool = False
+
+    @property
+    def learning(self) -> Learning:
+        """What of the network learns."""
+        return Learning(self.rank, dict(self.rank_by_group), BYTES[self.dtype], self.recompute)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        weights: of the learner's base.
+        adapter: float32, 0 without one.
+        moments: of AdamW, two numbers for each that learns.
+        actors: the weights of those who act.
+        broadcast: the merged weights on their way to the actors.
+        acting: activations of those who act.
+        gradients: one number for each that learns.
+        kept: activations of one micro-batch for the backward pass.
+        passing: what the backward pass holds for a moment.
+    """
+
+    weights: float
+    adapter: float
+    moments: float
+    actors: float
+    broadcast: float
+    acting: float
+    gradients: float
+    kept: float
+    passing: float
+
+    @property
+    def always(self) -> float:
+        """What lies there all the time."""
+        return self.weights + self.adapter + self.moments + self.actors
+
+    @property
+    def update(self) -> float:
+        """What an update adds to that."""
+        return self.gradients + self.kept + self.passing
+
+    @property
+    def peak(self) -> float:
+        """The most at one time: handing over weights, acting and learning take turns."""
+        return self.always + max(self.broadcast, self.acting, self.update)
+
+
+def memory(use: Use) -> Memory:
+    """The memory that `use` takes."""
+    size, learning = BYTES[use.dtype], use.learning
+    base = _anatomy.parameters(use.anatomy) * size
+    adapter = _anatomy.adapter_parameters(use.anatomy, learning) * 4
+    learned = base if use.rank is None else adapter
+    return Memory(
+        weights=base,
+        adapter=adapter,
+        moments=2 * learned,
+        actors=base * (1 if use.shared else use.actors),
+        broadcast=base,
+        acting=use.actors * use.slots * _anatomy.acting_bytes(use.anatomy, size),
+        gradients=learned,
+        kept=use.micro_batch * _anatomy.kept(use.anatomy, learning),
+        passing=use.micro_batch * _anatomy.passing(use.anatomy, learning),
+    )
+
+
+def remedies(use: Use) -> Iterator[tuple[str, Use]]:
+    """Switches that save memory, cheapest first, each on top of those before it: what to write, and the use."""
+    if use.actors > 1 and not use.shared:
+        use = replace(use, actors=1)
+        yield "--workers.backend inline", use
+    if use.dtype == "float32":
+        use = replace(use, dtype="bfloat16")
+        yield "--policy.dtype bfloat16", use
+    while use.micro_batch > 8:
+        use = replace(use, micro_batch=use.micro_batch // 2)
+        yield f"--recipe.*.optimizer.micro_batch {use.micro_batch}", use
+    if not use.recompute:
+        use = replace(use, recompute=True)
+        yield "--policy.checkpointing true", use
+    while use.micro_batch > 1:
+        use = replace(use, micro_batch=use.micro_batch // 2)
+        yield f"--recipe.*.optimizer.micro_batch {use.micro_batch}", use
+    while use.slots > 1:
+        use = replace(use, slots=use.slots // 2)
+        yield f"--workers.slots {use.slots}", use
+
+
+def switches(use: Use, room: float) -> tuple[str, ...] | None:
+    """What to turn so that `use` fits into `room` bytes; nothing where it does already, None where no switch helps."""
+    if memory(use).peak <= room:
+        return ()
+    needed: dict[str, str] = {}
+    for switch, lighter in remedies(use):
+        needed[switch.split()[0]] = switch
+        if memory(lighter).peak <= room:
+            return tuple(needed.values())
+    return None
+
+
+def apply(use: Use, chosen: tuple[str, ...]) -> Use:
+    """`use` with the last of `switches` and all before it turned."""
+    if not chosen:
+        return use
+    return next(lighter for switch, lighter in remedies(use) if switch == chosen[-1])
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much a run does.
+
+    Attributes:
+        decisions: made while learning; `evaluated`: while evaluating.
+        rows: that updates pass forward and backward.
+        env_steps: of all episodes.
+    """
+
+    decisions: float
+    evaluated: float
+    rows: float
+    env_steps: float
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds, one after another."""
+
+    acting: float
+    simulating: float
+    learning: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.acting + self.simulating + self.learning
+
+
+def decision_seconds(use: Use, gpu: GPU, rows: int, share: float) -> float:
+    """Seconds of one decision of `rows` rows at once.
+
+    Every part of every pass takes what its matrix products take at `share` of the card's rate, or what reading its
+    weights and the keys and values of earlier positions takes at its full bandwidth, whichever is longer.
+    """
+    size, rate = BYTES[use.dtype], share * gpu.matrix_rate(use.dtype)
+    seconds = 0.0
+    for part in use.anatomy.parts:
+        for visit in _anatomy.visits(part, acting=True):
+            once = rows * _anatomy.arithmetic(part, visit) / rate
+            read = size * (_anatomy.weights(part) + rows * _anatomy.cache_read(part, visit)) / gpu.bandwidth
+            seconds += visit.times * max(once, read)
+    return seconds
+
+
+def time(use: Use, gpu: GPU, work: Work, share: float, steps_per_second: float) -> Time:
+    """Seconds that a run takes at the assumed rates.
+
+    Args:
+        use: of the network.
+        gpu: on which it is used.
+        work: how much there is to do.
+        share: of the card's matrix rate that acting and learning achieve.
+        steps_per_second: environment steps of one actor.
+    """
+    rate = share * gpu.matrix_rate(use.dtype)
+    each = decision_seconds(use, gpu, use.slots, share) / use.slots
+    return Time(
+        acting=(work.decisions + work.evaluated) * each,
+        simulating=work.env_steps / (steps_per_second * use.actors),
+        learning=work.rows * _anatomy.update_operations(use.anatomy, use.learning) / rate,
+    )

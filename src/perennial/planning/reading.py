@@ -1,0 +1,67 @@
+"""What a configuration asks of its network: sizes, and how they are used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from perennial import config as configuration
+from perennial import discovery
+from perennial.config import Config
+from perennial.errors import PerennialError
+from perennial.planning.estimate import Use
+from perennial.policies._anatomy import Anatomy
+from perennial.policies.base import Policy
+from perennial.rollout.workers import sized
+from perennial.suites.base import Suite
+
+
+def read_anatomy(config: Config) -> tuple[Path | None, Anatomy]:
+    """The folder of the checkpoint, None where it is not on this machine, and the sizes of the network.
+
+    Raises:
+        PerennialError: the checkpoint is damaged, or the policy says nothing of its network.
+    """
+    checkpoint = config.policy.checkpoint
+    folder = None
+    try:
+        folder = configuration.checkpoint_folder(checkpoint)
+    except PerennialError:
+        if checkpoint.startswith("bundled:") or Path(checkpoint).is_dir():
+            raise
+    policy = discovery.find("policies", config.policy.name, Policy)
+    suite = discovery.find("suites", config.suite, Suite)()
+    said = max((text for name in config.tasks.trained for text in suite.tasks[name].instructions), key=len)
+    try:
+        return folder, policy.anatomy(folder, said)
+    except NotImplementedError:
+        raise PerennialError(
+            f"The policy {config.policy.name!r} does not describe its network, so nothing can be counted; give its "
+            "class an `anatomy`, or plan another policy."
+        ) from None
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise PerennialError(
+            f"The sizes of {checkpoint!r} cannot be read ({error!r}); choose a checkpoint of {config.policy.name!r}."
+        ) from error
+
+
+def use_of(config: Config, anatomy: Anatomy, on_cpu: bool = False) -> Use:
+    """How a run of `config` uses the network."""
+    adapter = config.policy.adapter
+    workers = sized(config.workers)
+    return Use(
+        anatomy=anatomy,
+        rank=adapter.rank if adapter else None,
+        rank_by_group=tuple(adapter.rank_by_group.items()) if adapter else (),
+        dtype=config.policy.dtype or anatomy.dtype,
+        recompute=config.policy.checkpointing,
+        micro_batch=max(stage.optimizer.micro_batch for stage in config.recipe),
+        slots=workers.slots,
+        actors=1 if workers.backend == "inline" else workers.count,
+        shared=on_cpu,
+    )
+
+
+def option(config: Config, switch: str) -> str:
+    """A switch of `estimate.remedies` as it is written on the command line for `config`."""
+    names = dict.fromkeys(stage.name for stage in config.recipe)
+    return " ".join(switch.replace("*", name) for name in names) if "*" in switch else switch

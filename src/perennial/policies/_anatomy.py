@@ -1,0 +1,353 @@
+"""What a network is made of, and what follows from it: parameters, arithmetic, and the memory of one pass.
+
+An `Anatomy` is read from a config alone, so everything here is known before a weight is loaded. The counts follow the
+code that runs: transformers' blocks with SDPA attention, and PEFT's adapters, whose float32 layers keep a float32 copy
+of their input beside bfloat16 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Visit:
+    """How a row of a batch passes through a part.
+
+    Attributes:
+        positions: of which outputs are computed.
+        keys: positions that each of them attends to, in blocks.
+        added: positions whose keys and values are computed, where they are not `positions`.
+        times: how often this happens for one decision.
+    """
+
+    positions: int
+    keys: int = 0
+    added: int | None = None
+    times: int = 1
+
+    @property
+    def new(self) -> int:
+        """Positions whose keys and values are computed."""
+        return self.positions if self.added is None else self.added
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer; `activated` if a GELU follows, `frozen` if it gets no adapter and no gradient reaches it."""
+
+    group: str
+    into: int
+    out: int
+    acting: Visit
+    learning: Visit
+    bias: bool = True
+    activated: bool = False
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A stack of equal transformer blocks.
+
+    Attributes:
+        head_width: numbers of a head; `heads` and `key_value_heads` have as many each.
+        gated: RMS norms, a gated perceptron and no bias, as in Llama and Gemma; else layer norms and GELU, as in ViT.
+        scaled: learned scales after attention and perceptron, as in DINOv2.
+        gemma: RMS norms scale in float32; attention keeps a mask, and writes to a cache, so gradient checkpointing runs
+            only the perceptron again.
+        recomputed: gradient checkpointing reaches these blocks at all.
+        normed: a norm follows the last block.
+        acting: the passes of one decision.
+        learning: the passes of one row of an update.
+    """
+
+    group: str
+    layers: int
+    width: int
+    heads: int
+    key_value_heads: int
+    head_width: int
+    mlp_width: int
+    acting: tuple[Visit, ...]
+    learning: tuple[Visit, ...]
+    gated: bool = True
+    scaled: bool = False
+    gemma: bool = False
+    recomputed: bool = True
+    normed: bool = False
+
+    @property
+    def query_width(self) -> int:
+        """Numbers of a position's query."""
+        return self.heads * self.head_width
+
+    @property
+    def key_width(self) -> int:
+        """Numbers of a position's key, and of its value."""
+        return self.key_value_heads * self.head_width
+
+    def linears(self) -> Iterator[tuple[int, int, bool]]:
+        """Widths of the linear layers of one block; True for those that run where keys are added."""
+        yield self.width, self.query_width, False
+        yield self.width, self.key_width, True
+        yield self.width, self.key_width, True
+        yield self.query_width, self.width, False
+        for _ in range(2 if self.gated else 1):
+            yield self.width, self.mlp_width, False
+        yield self.mlp_width, self.width, False
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A network.
+
+    Attributes:
+        parts: where the arithmetic is, in the order of the forward pass.
+        other: parameters outside of `parts`, such as embeddings, by group.
+        steps: environment steps that one decision is good for.
+        dtype: that the checkpoint asks for.
+    """
+
+    parts: tuple[Layer | Blocks, ...]
+    other: Mapping[str, int]
+    steps: int
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What of a network learns, and how.
+
+    Attributes:
+        rank: of the adapter; None where every parameter learns.
+        rank_by_group: where it differs.
+        bytes: of one base weight and of one activation: 4 or 2.
+        recompute: gradient checkpointing.
+    """
+
+    rank: int | None
+    rank_by_group: Mapping[str, int] = field(default_factory=dict)
+    bytes: int = 4
+    recompute: bool = False
+
+    def rank_of(self, group: str) -> int:
+        """The adapter's rank in a group, 0 without adapter."""
+        return 0 if self.rank is None else self.rank_by_group.get(group, self.rank)
+
+    @property
+    def copied(self) -> bool:
+        """Whether adapters keep float32 copies of what goes into them."""
+        return self.rank is not None and self.bytes < 4
+
+
+def parameters(anatomy: Anatomy) -> int:
+    """Numbers in the base weights."""
+    return sum(anatomy.other.values()) + sum(map(weights, anatomy.parts))
+
+
+def weights(part: Layer | Blocks) -> int:
+    """Numbers in the base weights of a part."""
+    if isinstance(part, Layer):
+        return part.out * (part.into + part.bias)
+    linear = sum(out * (into + (not part.gated)) for into, out, _ in part.linears())
+    norms = part.width * (2 if part.gated else 4)
+    return part.layers * (linear + norms + (2 * part.width if part.scaled else 0))
+
+
+def adapter_parameters(anatomy: Anatomy, learning: Learning) -> int:
+    """Numbers in the adapter: rank x (in + out) for every linear layer."""
+    total = 0
+    for part in anatomy.parts:
+        rank = learning.rank_of(part.group)
+        if isinstance(part, Layer):
+            total += 0 if part.frozen else rank * (part.into + part.out)
+        else:
+            total += rank * part.layers * sum(into + out for into, out, _ in part.linears())
+    return total
+
+
+def arithmetic(part: Layer | Blocks, visit: Visit) -> float:
+    """Floating-point operations of the matrix products of one row in one visit: two for each product and sum."""
+    return _linear(part, visit) + _attention(part, visit)
+
+
+def _linear(part: Layer | Blocks, visit: Visit) -> float:
+    return 2.0 * sum(into * out * positions for into, out, positions in _products(part, visit))
+
+
+def _adapted(part: Layer | Blocks, visit: Visit, learning: Learning) -> float:
+    if isinstance(part, Layer) and part.frozen:
+        return 0.0
+    rank = learning.rank_of(part.group)
+    return 2.0 * rank * sum((into + out) * positions for into, out, positions in _products(part, visit))
+
+
+def _products(part: Layer | Blocks, visit: Visit) -> Iterator[tuple[int, int, int]]:
+    """Widths of every linear layer and the positions at which it is computed."""
+    if isinstance(part, Layer):
+        yield part.into, part.out, visit.positions
+        return
+    for into, out, added in part.linears():
+        yield into, out, part.layers * (visit.new if added else visit.positions)
+
+
+def _attention(part: Layer | Blocks, visit: Visit) -> float:
+    if isinstance(part, Layer):
+        return 0.0
+    return 4.0 * part.layers * visit.positions * visit.keys * part.query_width
+
+
+def cache_read(part: Layer | Blocks, visit: Visit) -> int:
+    """Numbers of earlier positions' keys and values that one row reads in one visit."""
+    if isinstance(part, Layer):
+        return 0
+    return 2 * part.layers * part.key_width * max(0, visit.keys - visit.new)
+
+
+def visits(part: Layer | Blocks, acting: bool) -> tuple[Visit, ...]:
+    """The passes of one row through a part."""
+    chosen = part.acting if acting else part.learning
+    return (chosen,) if isinstance(chosen, Visit) else chosen
+
+
+def acting_operations(anatomy: Anatomy) -> float:
+    """Floating-point operations of one decision."""
+    return sum(v.times * arithmetic(part, v) for part in anatomy.parts for v in visits(part, True))
+
+
+def update_operations(anatomy: Anatomy, learning: Learning, hardware: bool = True) -> float:
+    """Floating-point operations of one row's forward and backward pass.
+
+    The backward pass takes as many as the forward pass for the gradients of what went into a product, and as many again
+    where both factors have one: in attention, in adapters, and in layers whose weights learn.
+
+    Args:
+        anatomy: of the network.
+        learning: what of it learns.
+        hardware: with what gradient checkpointing computes again, as the hardware sees it; without, as a model FLOP
+            utilisation counts.
+    """
+    total = 0.0
+    for part in anatomy.parts:
+        for visit in visits(part, False):
+            passes = 1.0 if isinstance(part, Layer) and part.frozen else 2.0 if learning.rank else 3.0
+            once = passes * _linear(part, visit) + 3.0 * (_attention(part, visit) + _adapted(part, visit, learning))
+            if hardware and learning.recompute and isinstance(part, Blocks) and part.recomputed:
+                once += _perceptron_arithmetic(part, visit) if part.gemma else arithmetic(part, visit)
+            total += visit.times * once
+    return total
+
+
+def _perceptron_arithmetic(part: Blocks, visit: Visit) -> float:
+    return 2.0 * (3 if part.gated else 2) * part.width * part.mlp_width * visit.positions * part.layers
+
+
+def kept(anatomy: Anatomy, learning: Learning) -> int:
+    """Bytes that the update keeps of one row for its backward pass."""
+    return sum(_kept(part, learning) for part in anatomy.parts)
+
+
+def _kept(part: Layer | Blocks, learning: Learning) -> int:
+    if isinstance(part, Layer):
+        return part.learning.times * _kept_by_layer(part, part.learning, learning)
+    return sum(visit.times * _kept_by_blocks(part, visit, learning) for visit in part.learning)
+
+
+def _kept_by_layer(layer: Layer, visit: Visit, learning: Learning) -> int:
+    if layer.frozen:
+        return 0
+    size = 4 if learning.copied else learning.bytes
+    rank = learning.rank_of(layer.group)
+    return visit.positions * (size * layer.into + 4 * rank + (learning.bytes * layer.out if layer.activated else 0))
+
+
+def _kept_by_blocks(blocks: Blocks, visit: Visit, learning: Learning) -> int:
+    norm = (4 if learning.rank else 8) * blocks.width * visit.positions if blocks.normed else 0
+    if not (learning.recompute and blocks.recomputed):
+        return norm + blocks.layers * _kept_by_block(blocks, visit, learning)
+    inside = learning.bytes * blocks.width * visit.positions
+    if blocks.gemma:
+        inside += _kept_by_attention(blocks, visit, learning)
+    return norm + blocks.layers * inside
+
+
+def _kept_by_block(blocks: Blocks, visit: Visit, learning: Learning) -> int:
+    return _kept_by_attention(blocks, visit, learning) + _kept_by_perceptron(blocks, visit, learning)
+
+
+def _kept_by_attention(blocks: Blocks, visit: Visit, learning: Learning) -> int:
+    """Bytes kept of the norms and the attention of one block and one row."""
+    size, rank, width = learning.bytes, learning.rank_of(blocks.group), blocks.width
+    query, key = blocks.query_width, blocks.key_width
+    here, new = visit.positions, visit.new
+    normed = 4 if blocks.gated else size  # RMS norms compute in float32, layer norms keep what they are given
+    total = normed * width * (new + here)
+    if learning.rank is None and blocks.gated:
+        total += (4 if blocks.gemma else size) * width * (new + here)
+    if blocks.scaled and learning.rank is None:
+        total += 2 * size * width * here
+    total += 4 * width * (here + 2 * new) if learning.copied else size * width * new
+    total += 4 * rank * (2 * here + 2 * new)
+    if here:
+        mask = here * visit.keys if blocks.gemma else 0
+        total += size * (2 * query * here + 2 * key * visit.keys + mask) + 4 * blocks.heads * here
+        total += 4 * query * here if learning.copied else 0
+    else:
+        total += 2 * size * key * new
+    return total
+
+
+def _kept_by_perceptron(blocks: Blocks, visit: Visit, learning: Learning) -> int:
+    """Bytes kept of the perceptron of one block and one row."""
+    size, rank, fans = learning.bytes, learning.rank_of(blocks.group), 2 if blocks.gated else 1
+    into = 4 * fans * blocks.width if learning.copied else size * blocks.width
+    middle = (3 if blocks.gated else 1) * size * blocks.mlp_width
+    down = (4 if learning.copied else size) * blocks.mlp_width
+    return visit.positions * (into + middle + down + 4 * rank * (fans + 1))
+
+
+def passing(anatomy: Anatomy, learning: Learning) -> int:
+    """Bytes of one row that an update holds at most beyond `kept`, of which the backward pass lets go part by part.
+
+    They are the gradients within one block, and with gradient checkpointing the block that was run again; or, at the
+    end of its forward pass, the rest of a block that is run for its keys and values alone.
+    """
+    most = so_far = 0
+    for part in anatomy.parts:
+        so_far += _kept(part, learning)
+        if isinstance(part, Blocks):
+            most = max(most, *(so_far + _moment(part, visit, learning) for visit in visits(part, False)))
+    return max(0, most - so_far)
+
+
+def _moment(blocks: Blocks, visit: Visit, learning: Learning) -> int:
+    size = learning.bytes
+    if not visit.positions:
+        whole = Visit(visit.new, visit.new)
+        return _kept_by_blocks(blocks, whole, learning) - _kept_by_blocks(blocks, visit, learning)
+    gradients = visit.positions * (2 * size + (8 if learning.copied else size)) * blocks.mlp_width
+    if not (learning.recompute and blocks.recomputed):
+        return gradients
+    if blocks.gemma:
+        return gradients + _kept_by_perceptron(blocks, visit, learning)
+    return gradients + _kept_by_block(blocks, visit, learning)
+
+
+def acting_bytes(anatomy: Anatomy, size: int) -> int:
+    """Bytes of one row while acting: a block's activations, and what is cached for later tokens.
+
+    Args:
+        anatomy: of the network.
+        size: bytes of one activation.
+    """
+    most = cached = 0
+    for part in anatomy.parts:
+        if isinstance(part, Blocks):
+            for visit in visits(part, True):
+                width = 3 * part.width + (3 if part.gated else 2) * part.mlp_width
+                most = max(most, size * visit.positions * width)
+            if any(visit.keys > visit.new for visit in part.acting):
+                cached += 2 * size * part.layers * part.key_width * max(visit.keys for visit in part.acting)
+    return most + cached
