@@ -115,6 +115,6 @@ fi
 make_venv
 install_torch
 say "Installing everything else."
-pip install -q -c constraints.txt -e ".[vla,metaworld,tensorboard,dev]"
+pip install -q -c constraints.txt -e ".[vla,metaworld,kitchen,tensorboard,dev]"
 install_gl
 say "$VENV is ready; next: make demo"

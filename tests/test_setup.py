@@ -81,7 +81,7 @@ def installs(log):
     return [re.sub(r"^python -m pip install -q (-c constraints.txt )?", "", line) for line in log if "install" in line]
 
 
-EVERYTHING = "-e .[vla,metaworld,tensorboard,dev]"
+EVERYTHING = "-e .[vla,metaworld,kitchen,tensorboard,dev]"
 
 
 def test_the_cpu_wheel_comes_first_and_then_everything_else(machine):

@@ -281,7 +281,17 @@ def describe_machine() -> dict[str, str | int | None]:
     import psutil
     import torch
 
-    libraries = ("perennial", "torch", "numpy", "transformers", "peft", "gymnasium", "mujoco", "metaworld")
+    libraries = (
+        "perennial",
+        "torch",
+        "numpy",
+        "transformers",
+        "peft",
+        "gymnasium",
+        "mujoco",
+        "metaworld",
+        "gymnasium-robotics",
+    )
     return {
         "python": platform.python_version(),
         **{name: installed_version(name) for name in libraries},
