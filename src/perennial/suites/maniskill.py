@@ -1,0 +1,147 @@
+"""ManiSkill 3: table-top skills of a simulated Panda arm in SAPIEN.
+
+Tao et al. 2024 (arXiv 2410.00425), by the package `mani_skill`. Six tasks need no downloads; the eight tasks "put ... on
+plate" of the simple recipe (arXiv 2603.11653) have their names, sentences and horizon here, but their scene and models
+come with neither ManiSkill nor Perennial, so they are refused.
+
+Physics runs on the processor, one robot for each environment, because only so are resets exact; pictures are drawn on
+an NVIDIA GPU if there is one, else by Mesa's software Vulkan. ManiSkill hides from its cameras where PickCube's goal
+is. Here the green ball is seen, for a policy that knows only pictures has no other way to find it.
+
+Initial states are ManiSkill's own for the seed 3 i + k, where i is the index and k the place of the split among
+demonstration, training and evaluation, so no two splits share one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, get_args
+
+import gymnasium
+import numpy as np
+
+from perennial.errors import PerennialError, unknown
+from perennial.suites import _maniskill_experts, base
+from perennial.suites._maniskill_install import prepare, renderer, software_driver
+from perennial.suites._maniskill_tasks import ON_PLATE, SEQUENCES, TASKS
+
+_SPLITS = get_args(base.Split)
+
+
+class ManiSkill(base.Suite):
+    """Six table-top tasks of ManiSkill 3, and the names of the simple recipe's eight."""
+
+    name: ClassVar[str] = "maniskill"
+    tasks: Mapping[str, base.Task] = TASKS
+    sequences: Mapping[str, base.Sequence] = SEQUENCES
+    state_dim = 8
+    action_dim = 7
+
+    def make(self, task: str, variant: str = "id", image_size: int = 64) -> ManiSkillEnvironment:
+        """Build the environment of `task`; see `Suite.make`."""
+        if task not in self.tasks:
+            raise unknown("ManiSkill task", task, self.tasks)
+        if variant not in self.variants:
+            raise unknown("ManiSkill variant", variant, self.variants)
+        if task in ON_PLATE:
+            raise PerennialError(
+                f"{task} needs the scene PutOnPlateInScene25 and its models `more_carrot` and `more_plate`, which come "
+                f"with RL4VLA and not with ManiSkill: choose among {', '.join(sorted(TASKS.keys() - ON_PLATE.keys()))}."
+            )
+        return ManiSkillEnvironment(self.tasks[task], image_size)
+
+    def expert(self, task: str) -> base.Expert | None:
+        """A scripted expert for the tasks with cubes."""
+        if task not in self.tasks:
+            raise unknown("ManiSkill task", task, self.tasks)
+        return _maniskill_experts.EXPERTS.get(task)
+
+    def doctor(self) -> list[Any]:
+        """Whether ManiSkill and a Vulkan driver are here."""
+        from perennial.doctor import Check, installed_version
+
+        version = installed_version("mani_skill")
+        if version is None:
+            return [Check("ManiSkill", "warning", "not installed", "pip install 'perennial[maniskill]'")]
+        if renderer() == "gpu":
+            return [Check("ManiSkill", "ok", f"{version}, draws on the GPU")]
+        try:
+            driver = software_driver()
+        except PerennialError as error:
+            return [Check("ManiSkill", "warning", f"{version} without Vulkan", str(error))]
+        return [Check("ManiSkill", "ok", f"{version}, {driver}")]
+
+
+def _simulator() -> Any:
+    """The module that imports ManiSkill."""
+    prepare()
+    try:
+        from perennial.suites import _maniskill_simulation
+    except ImportError as error:
+        raise PerennialError(
+            f"ManiSkill cannot be imported ({error}): install it with `pip install 'perennial[maniskill]'`."
+        ) from error
+    return _maniskill_simulation
+
+
+class ManiSkillEnvironment(base.Environment):
+    """One ManiSkill task; see `suites.base.Environment`.
+
+    The proprioceptive state is float32 [8]: the hand's x, y, z in metres, its orientation as a quaternion w, x, y, z
+    with x >= 0, and the distance between the fingers in metres. Actions are float32 [7] in [-1, 1], ManiSkill's
+    `pd_ee_delta_pose`: displacement of the hand (1 is 10 cm), its rotation about the axes of the base (1 is -0.1
+    radians: ManiSkill 3.0.1 turns against the sign), and the gripper (-1 closes, 1 opens); values outside are clipped.
+    Without options, `reset(seed=n)` goes to training state n.
+    """
+
+    def __init__(self, task: base.Task, image_size: int) -> None:
+        self.task = task
+        self.action_space = gymnasium.spaces.Box(-1, 1, (7,), np.float32)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
+        self._image_size = image_size
+        self._module = _simulator()
+        self.simulation = self._module.Simulation(task.name)
+        self._steps = 0
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin an episode; see `suites.base.Environment`.
+
+        Raises:
+            PerennialError: unknown split.
+        """
+        super().reset(seed=seed)
+        wanted = {"split": "training", "index": seed or 0, **(options or {})}
+        if wanted["split"] not in _SPLITS:
+            raise unknown("split", str(wanted["split"]), _SPLITS)
+        self.simulation.begin(len(_SPLITS) * int(wanted["index"]) + _SPLITS.index(wanted["split"]))
+        self._steps = 0
+        return self.simulation.state, {"is_success": False}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Move for one control step of 50 ms; the reward is 1 at success, else 0.
+
+        Raises:
+            PerennialError: the action is not finite.
+        """
+        if not np.isfinite(action).all():
+            raise PerennialError(f"The action {action} is not finite; look for NaN in the policy's weights.")
+        success = self.simulation.advance(np.clip(action, -1, 1).astype(np.float32))
+        self._steps += 1
+        truncated = not success and self._steps >= self.task.horizon
+        return self.simulation.state, float(success), success, truncated, {"is_success": success}
+
+    def render(self) -> np.ndarray:  # type: ignore[override]
+        """The picture that policies see, of the task's own camera, uint8 [1, image_size, image_size, 3]."""
+        seen: np.ndarray = self.simulation.picture(self._module.CAMERA, self._image_size)
+        return seen[None]
+
+    def film(self, size: int) -> np.ndarray:
+        """The whole scene from ManiSkill's camera for people, uint8 [size, size, 3]."""
+        seen: np.ndarray = self.simulation.picture(self._module.FILM, size)
+        return seen
+
+    def close(self) -> None:
+        """Free the simulation and its renderer."""
+        self.simulation.close()
