@@ -53,16 +53,16 @@ def _towards(hand: np.ndarray, place: np.ndarray) -> np.ndarray:
     return np.append(aside if hand[2] > height - 2 * _NEAR else np.zeros(2), height - hand[2])
 
 
-def _face(cube: Any) -> float:
-    """The yaw of least size, in radians, at which the fingers lie flat on two sides of the cube."""
-    yaw = _spin(cube).as_euler("zyx")[0]
-    return float((yaw + np.pi / 4) % (np.pi / 2) - np.pi / 4)
+def _face(cube: Any, hand: Any) -> float:
+    """The yaw next to the hand's, in radians, at which its fingers lie flat on two sides of the cube."""
+    side, now = (rotation.as_euler("zyx")[0] for rotation in (_spin(cube), _spin(hand) * _DOWN.inv()))
+    return float(now + (side - now + np.pi / 4) % (np.pi / 2) - np.pi / 4)
 
 
 def _pick(env: Any, cube: Any, goal: np.ndarray, *, leave: bool) -> np.ndarray:
     """Bring a cube to `goal`, and leave it there or hold it."""
     pose = env.agent.tcp_pose
-    hand, there, yaw = _place(pose), _place(cube.pose), _face(cube.pose)
+    hand, there, yaw = _place(pose), _place(cube.pose), _face(cube.pose, pose)
     held = bool(env.agent.is_grasping(cube).item())
     arrived = np.linalg.norm((there - goal)[:2]) < _NEAR / 2 and abs(there[2] - goal[2]) < _NEAR / 2
     if leave and arrived:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any
 
 import gymnasium
-import mani_skill.envs  # noqa: F401  registers the tasks
+import mani_skill.envs  # registers the tasks
 import numpy as np
 from mani_skill.sensors.camera import Camera
 
 from perennial.suites._maniskill_install import no_vulkan, renderer
 
-logging.getLogger("mani_skill").setLevel(logging.ERROR)
+mani_skill.logger.setLevel("ERROR")
 
 CAMERA, FILM = "base_camera", "render_camera"
 CONTROL = "pd_ee_delta_pose"
