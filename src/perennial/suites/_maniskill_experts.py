@@ -20,6 +20,8 @@ _TURN = 20.0
 _DOWN = Rotation.from_rotvec([np.pi, 0, 0])
 _OPEN, _CLOSED = 1.0, -1.0
 _NEAR = 0.01
+_FLAT = 0.1
+"""Radians by which fingers may be askew when they close."""
 _FUNNEL = 3.0
 """Metres of height kept for each metre that is missing sideways."""
 _CRUISE = 0.1
@@ -45,32 +47,37 @@ def _command(hand: Any, move: np.ndarray, yaw: float, grip: float) -> np.ndarray
     return clipped
 
 
-def _towards(hand: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """The way to `place` in metres: through a funnel above it, and sideways only where the funnel is high enough."""
+def _towards(hand: np.ndarray, place: np.ndarray, askew: float = 0.0) -> np.ndarray:
+    """The way to `place` in metres: through a funnel above it, and sideways only where the funnel is high enough.
+
+    A hand that still has to turn by `askew` radians stays as high as one that is a tenth as many metres away.
+    """
     aside = place[:2] - hand[:2]
-    missing = max(0.0, float(np.linalg.norm(aside)) - _NEAR / 2)
+    missing = max(0.0, float(np.linalg.norm(aside)) - _NEAR / 2) + askew / 10
     height = place[2] + min(_CRUISE, _FUNNEL * missing)
     return np.append(aside if hand[2] > height - 2 * _NEAR else np.zeros(2), height - hand[2])
 
 
-def _face(cube: Any, hand: Any) -> float:
-    """The yaw next to the hand's, in radians, at which its fingers lie flat on two sides of the cube."""
-    side, now = (rotation.as_euler("zyx")[0] for rotation in (_spin(cube), _spin(hand) * _DOWN.inv()))
-    return float(now + (side - now + np.pi / 4) % (np.pi / 2) - np.pi / 4)
+def _askew(cube: Any, hand: Any) -> tuple[float, float]:
+    """The yaw of the hand in radians, and by how much it must turn for its fingers to lie flat on the cube."""
+    side, now = (float(rotation.as_euler("zyx")[0]) for rotation in (_spin(cube), _spin(hand) * _DOWN.inv()))
+    return now, (side - now + np.pi / 4) % (np.pi / 2) - np.pi / 4
 
 
 def _pick(env: Any, cube: Any, goal: np.ndarray, *, leave: bool) -> np.ndarray:
     """Bring a cube to `goal`, and leave it there or hold it."""
     pose = env.agent.tcp_pose
-    hand, there, yaw = _place(pose), _place(cube.pose), _face(cube.pose, pose)
+    hand, there = _place(pose), _place(cube.pose)
+    yaw, turn = _askew(cube.pose, pose)
     held = bool(env.agent.is_grasping(cube).item())
     arrived = np.linalg.norm((there - goal)[:2]) < _NEAR / 2 and abs(there[2] - goal[2]) < _NEAR / 2
     if leave and arrived:
         return _command(pose, np.array([0, 0, 0 if held else _CRUISE]), yaw, _OPEN)
     if held:
         return _command(pose, _towards(there, goal) if leave else goal - there, yaw, _CLOSED)
-    near = np.linalg.norm(hand - there) < _NEAR
-    return _command(pose, _towards(hand, there), yaw, _CLOSED if near else _OPEN)
+    askew = max(0.0, abs(turn) - _FLAT)
+    near = np.linalg.norm(hand - there) < _NEAR and not askew
+    return _command(pose, _towards(hand, there, askew), yaw + turn, _CLOSED if near else _OPEN)
 
 
 def _shove(env: Any, direction: float) -> np.ndarray:
