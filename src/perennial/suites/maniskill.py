@@ -1,8 +1,8 @@
 """ManiSkill 3: table-top skills of a simulated Panda arm in SAPIEN.
 
-Tao et al. 2024 (arXiv 2410.00425), by the package `mani_skill`. Six tasks need no downloads; the eight tasks "put ... on
-plate" of the simple recipe (arXiv 2603.11653) have their names, sentences and horizon here, but their scene and models
-come with neither ManiSkill nor Perennial, so they are refused.
+Tao et al. 2024 (arXiv 2410.00425), by the package `mani_skill`. Six tasks need no downloads. The eight tasks "put ...
+on plate" of the simple recipe (arXiv 2603.11653) have their names, sentences and horizon here, but their scene and
+models come with neither ManiSkill nor Perennial, so they are refused.
 
 Physics runs on the processor, one robot for each environment, because only so are resets exact; pictures are drawn on
 an NVIDIA GPU if there is one, else by Mesa's software Vulkan. ManiSkill hides from its cameras where PickCube's goal
