@@ -4,7 +4,7 @@ from perennial.studies.base import Method, Study
 from perennial.studies.retain import DATA
 from perennial.studies.retain import STUDY as RETAIN
 
-STRENGTHS = {"l2": ("0.01", "0.1", "1"), "kl_anchor": ("0.1", "0.3", "1"), "ewc": ("0.1", "1", "10")}
+STRENGTHS = {"l2": ("0.01", "0.1", "1"), "kl_anchor": ("0.1", "0.3", "1"), "ewc": ("1", "10", "100", "1000")}
 
 
 def _at(strategy: str, coefficient: str) -> Method:
