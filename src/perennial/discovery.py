@@ -74,9 +74,20 @@ def describe(path: str) -> str:
 
 
 def find(room: str, name: str, base: type[Kind]) -> type[Kind]:
-    """The class derived from `base` that the module `name` in `room` defines itself."""
+    """The class derived from `base` that the module `name` in `room` defines itself.
+
+    In `name:argument`, the argument becomes the attribute `argument` of a class that declares one.
+
+    Raises:
+        PerennialError: there is no such module, or its class takes no argument.
+    """
+    name, _, argument = name.partition(":")
     module = load(room, name)
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
-            return value
+            if not argument:
+                return value
+            if not hasattr(value, "argument"):
+                raise PerennialError(f"The {ROOMS[room]} {name!r} takes nothing after a colon; leave {argument!r} out.")
+            return type(value.__name__, (value,), {"argument": argument})
     raise TypeError(f"{module.__name__} defines no {base.__name__}")
