@@ -2,7 +2,8 @@
 
 A base of 42 tasks is fine-tuned to one task that it never saw, from 50 demonstrations with objects near the centre of
 their range ("narrow"); "id" has wider positions, "ood_val" and "ood_test" also another camera and other light. What
-the base could do is measured on ten of its own tasks.
+the base could do is measured on ten of its own tasks. The strengths of L2, KL anchor and EWC come from the study
+`retain_strength`: of those tried, the strongest that keeps two thirds of what plain fine-tuning reaches in its setting.
 """
 
 from collections.abc import Mapping
@@ -72,10 +73,10 @@ STUDY = Study(
         "retain_task_ft": _method(OWN, RETAIN, 89.3, 81.1, 32.4, 79.2),
         "retain_co_ft": _method(OWN, CO | RETAIN, 84.3, 82.9, 36.4, 88.7),
         "retain_language": _method(OWN, RETAIN_LANGUAGE),
-        "l2": _method(OTHER, {"strategies": "l2", "strategies.l2.coefficient": "0.01"}),
+        "l2": _method(OTHER, {"strategies": "l2", "strategies.l2.coefficient": "0.1"}),
         "kl_anchor": _method(OTHER, {"strategies": "kl_anchor", "strategies.kl_anchor.coefficient": "0.1"}),
         "ewc": _method(
-            OTHER, {"strategies": "ewc", "strategies.ewc.coefficient": "1", "strategies.ewc.pretraining": DATA}
+            OTHER, {"strategies": "ewc", "strategies.ewc.coefficient": "100", "strategies.ewc.pretraining": DATA}
         ),
         "task_ft_10_tasks": _from(10),
         "retain_task_ft_10_tasks": _from(10, RETAIN),
