@@ -31,12 +31,14 @@ DATA, NARROW = "{folder}/demonstrations", "{folder}/narrow"
 
 
 CO = {"recipe.sft.pretraining": DATA}
-RETAIN = {"strategies": "retain", "strategies.retain.alpha": "0,0.2,0.4,0.6,0.8,1"}
-RETAIN_LANGUAGE = {
-    "strategies": "retain",
-    "strategies.retain.alpha": "1",
-    "strategies.retain.language": "0,0.2,0.4,0.6,0.8,1",
-}
+
+
+def _merged(alpha: str) -> dict[str, str]:
+    return {"strategies": "retain", "strategies.retain.alpha": alpha}
+
+
+RETAIN = _merged("0,0.2,0.4,0.6,0.8,1")
+RETAIN_LANGUAGE = _merged("1") | {"strategies.retain.language": "0,0.2,0.4,0.6,0.8,1"}
 OWN, OTHER = "methods of the paper", "other anchors"
 
 
@@ -72,6 +74,9 @@ STUDY = Study(
         "co_ft": _method(OWN, CO, 94.4, 73.6, 29.7, 87.2),
         "retain_task_ft": _method(OWN, RETAIN, 89.3, 81.1, 32.4, 79.2),
         "retain_co_ft": _method(OWN, CO | RETAIN, 84.3, 82.9, 36.4, 88.7),
+        "retain_task_ft_0.8": _method(OWN, _merged("0.8")),
+        "retain_task_ft_0.6": _method(OWN, _merged("0.6")),
+        "retain_co_ft_0.8": _method(OWN, CO | _merged("0.8")),
         "retain_language": _method(OWN, RETAIN_LANGUAGE),
         "l2": _method(OTHER, {"strategies": "l2", "strategies.l2.coefficient": "0.1"}),
         "kl_anchor": _method(OTHER, {"strategies": "kl_anchor", "strategies.kl_anchor.coefficient": "0.1"}),
