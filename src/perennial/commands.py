@@ -14,6 +14,7 @@ from rich.markup import escape
 from tyro.conf import Positional
 
 from perennial import discovery
+from perennial.conversion import Convert
 from perennial.planning.options import Plan
 
 console = Console()
@@ -390,6 +391,7 @@ COMMANDS: dict[str, type] = {
     "pretrain": Pretrain,
     "merge": Merge,
     "alpha": Alpha,
+    "convert": Convert,
     "doctor": Doctor,
     "list": List,
 }

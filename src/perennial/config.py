@@ -204,10 +204,11 @@ def validate(config: Config) -> Config:
     parts: tuple[Objective | Strategy, ...] = (*config.recipe, *config.strategies)
     for part in parts:
         for method in sorted(part.requires()):
-            if getattr(policy, method) is getattr(Policy, method):
+            if method in policy.missing or getattr(policy, method) is getattr(Policy, method):
                 kind = "recipe" if isinstance(part, Objective) else "strategy"
+                why = f", as {policy.missing[method]}" if method in policy.missing else ""
                 raise PerennialError(
-                    f"{part.name!r} needs `{method}`, which the policy {config.policy.name!r} does not have; "
+                    f"{part.name!r} needs `{method}`, which the policy {config.policy.name!r} does not have{why}; "
                     f"choose another {kind} or policy."
                 )
     for hook, what in (("parameter_groups", "set learning rates"), ("policy_for", "choose the weights that act")):

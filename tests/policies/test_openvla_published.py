@@ -281,7 +281,7 @@ def test_the_image_normalisation_is_the_processors(folder):
         ({"layuot": "rl"}, "no setting in .* 'layuot'. Did you mean layout"),
         ({"layout": "left"}, "layout is 'left' .* rl, official"),
         ({"towers": {"patch_size": 8}}, "towers in .* cannot be read"),
-        ({"use_proprio": True}, r"0 files proprio_projector--\*\.safetensors.*torch\.load"),
+        ({"use_proprio": True}, r"0 files proprio_projector--\*\.safetensors.*copy the published one"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(folder, fields, message):

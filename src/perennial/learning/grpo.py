@@ -53,6 +53,10 @@ class GRPO(Objective):
     epochs: int = 2
     minibatches: int = 4
 
+    def requires(self) -> frozenset[str]:
+        """Log-probabilities."""
+        return frozenset({"log_prob"})
+
     def rows(self, decisions: int) -> int:
         """`epochs` passes over every decision."""
         return self.epochs * decisions

@@ -69,8 +69,8 @@ class PPO(Objective):
     minibatches: int = 4
 
     def requires(self) -> frozenset[str]:
-        """Values, and logits for an entropy bonus."""
-        return frozenset({"value", "logits"} if self.entropy_coefficient else {"value"})
+        """Log-probabilities and values, and logits for an entropy bonus."""
+        return frozenset({"log_prob", "value"} | ({"logits"} if self.entropy_coefficient else set()))
 
     def check(self, tasks: Sequence[str]) -> None:
         """Discount and lambda are at most 1."""

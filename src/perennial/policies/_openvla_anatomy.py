@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from perennial.policies import _openvla_published, _tokenizer
 from perennial.policies._anatomy import Anatomy, Blocks, Layer, Visit
 from perennial.policies._openvla_oft_config import Language, NormStats, OpenVLAOFTConfig, Quantiles, Tower
+from perennial.policies._openvla_regression import BLOCKS
 from perennial.policies._openvla_settings import TOWERS, read_config, read_settings
 
 TOKENS_PER_WORD = 1.4
@@ -37,7 +39,7 @@ def published_config(chunk: int) -> OpenVLAOFTConfig:
     )
 
 
-def read(folder: Path | None, chunk: int, instruction: str, one_by_one: bool) -> Anatomy:
+def read(folder: Path | None, chunk: int, instruction: str, one_by_one: bool, regression: bool = False) -> Anatomy:
     """The anatomy of the checkpoint in `folder`, of which only the config and the tokenizer are read.
 
     Args:
@@ -45,6 +47,7 @@ def read(folder: Path | None, chunk: int, instruction: str, one_by_one: bool) ->
         chunk: actions per decision where the checkpoint leaves it open.
         instruction: whose prompt the network reads.
         one_by_one: tokens are decided one after another (OpenVLA), not all at once (OpenVLA-OFT).
+        regression: a head of its own reads the actions, not the language model's.
     """
     if folder is None:
         config, dtype = published_config(chunk), "bfloat16"
@@ -54,6 +57,7 @@ def read(folder: Path | None, chunk: int, instruction: str, one_by_one: bool) ->
     else:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config, dtype = OpenVLAOFTConfig.from_json(values["openvla_oft"]), "float32"
+    config = replace(config, regression=regression)
     return describe(config, prompt_tokens(folder, config, instruction), one_by_one, dtype)
 
 
@@ -94,10 +98,22 @@ def describe(config: OpenVLAOFTConfig, prompt: int, one_by_one: bool, dtype: str
         whole, last = (Visit(length, length),), (Visit(tokens, length, added=length),)
         parts.append(Blocks("language", language.layers - 1, *sizes, whole, whole))
         parts.append(Blocks("language", 1, *sizes, last, last, recomputed=False, normed=True))
-    parts.append(Layer("action", width, config.action_bins, read, read, bias=False))
-    positions = patches * config.siglip.width + (patches + 2 + config.dino.registers) * config.dino.width
-    other = {"vision": positions, "language": (config.embedding_rows + 1) * width}
+    other = {"vision": _positions(config), "language": (config.embedding_rows + 1) * width, "action": 0}
+    if config.regression:
+        each = Visit(config.chunk)
+        sizes_of_head = ((config.action_dim * width, width), *(((width, width),) * BLOCKS), (width, config.action_dim))
+        parts += [Layer("action", into, out, each, each, activated=out == width) for into, out in sizes_of_head]
+        norms = 2 * width * (config.action_dim + BLOCKS + 1)
+        other["action"] = config.action_bins * width + norms
+    else:
+        parts.append(Layer("action", width, config.action_bins, read, read, bias=False))
     return Anatomy(tuple(parts), other, config.chunk * config.hold, dtype)
+
+
+def _positions(config: OpenVLAOFTConfig) -> int:
+    """Numbers in the towers' position embeddings and class and register tokens."""
+    patches = (config.image_size // config.patch_size) ** 2
+    return patches * config.siglip.width + (patches + 2 + config.dino.registers) * config.dino.width
 
 
 def _tower(config: OpenVLAOFTConfig, tower: Tower, extra: int) -> tuple[Layer, Blocks]:

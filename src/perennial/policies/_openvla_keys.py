@@ -46,6 +46,9 @@ RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
 }
 """By module: what a parameter's name has here, and what it has in a published checkpoint."""
 
+SIDE = ("proprio_projector", "action_head")
+"""Modules that OpenVLA-OFT publishes in files of their own."""
+
 
 @dataclass(frozen=True)
 class Published:
@@ -78,11 +81,11 @@ def key_map(config: OpenVLAOFTConfig, shapes: Mapping[str, tuple[int, ...]]) -> 
 
     Args:
         config: of the model.
-        shapes: of our parameters, by name; a proprioception projector is published elsewhere and left out.
+        shapes: of our parameters, by name; those of `SIDE` are published elsewhere and left out.
     """
     parts: dict[str, list[str]] = {}
     for ours in shapes:
-        if not ours.startswith("proprio_projector."):
+        if not ours.startswith(tuple(f"{module}." for module in SIDE)):
             parts.setdefault(published_name(ours), []).append(ours)
     found: dict[str, Published] = {}
     for name, names in parts.items():

@@ -82,6 +82,7 @@ class OpenVLAOFTConfig:
         prompt_end: the prompt stops at its last colon and ends in these tokens; None keeps the blank after the colon.
         stop_token_id: follows the action slots; None ends the sequence with them.
         gripper: "libero" turns the last number of an action, 0 closed to 1 open, into -1 open or 1 closed.
+        regression: a perceptron reads the numbers of each action from the hidden states of its slots, not tokens.
     """
 
     image_size: int
@@ -104,6 +105,7 @@ class OpenVLAOFTConfig:
     prompt_end: tuple[int, ...] | None = None
     stop_token_id: int | None = None
     gripper: Literal["unchanged", "libero"] = "unchanged"
+    regression: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:

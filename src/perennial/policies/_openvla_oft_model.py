@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from perennial.policies._openvla_oft_config import OpenVLAOFTConfig, Tower
+from perennial.policies._openvla_regression import RegressionHead
 
 
 class OpenVLAOFTModel(nn.Module):
@@ -41,6 +42,7 @@ class OpenVLAOFTModel(nn.Module):
         self.language_model.lm_head = nn.Linear(config.language.width, config.action_bins, bias=False)
         nn.init.normal_(self.language_model.lm_head.weight, std=config.language.initializer_range)
         self.proprio_projector = ProprioProjector(config) if config.use_proprio else None
+        self.action_head = RegressionHead(config) if config.regression else None
         self.tokens = config.tokens
         self.stop_token_id = config.stop_token_id
 

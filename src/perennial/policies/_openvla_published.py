@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,15 @@ from torch import Tensor, nn
 
 from perennial.errors import PerennialError
 from perennial.merging.tensor_files import Checkpoint, open_checkpoint
-from perennial.policies._openvla_keys import CLASS_POSITION, CLASS_TOKEN, Published, key_map, to_ours, to_published
+from perennial.policies._openvla_keys import (
+    CLASS_POSITION,
+    CLASS_TOKEN,
+    SIDE,
+    Published,
+    key_map,
+    to_ours,
+    to_published,
+)
 from perennial.policies._openvla_oft_config import OpenVLAOFTConfig
 from perennial.policies._openvla_settings import SETTINGS, Settings, read_config, read_json, read_settings
 from perennial.policies._tensors import refuse_mismatch
@@ -31,7 +39,6 @@ from perennial.policies.lora import base_shapes, merged_weights
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-PROPRIO = "proprio_projector"
 EMPTY_TOKEN = "▁"
 KEPT = {".json", ".txt", ".model", ".py", ".md", ".jinja"}
 """Endings of the files that are copied when a checkpoint is written; pickles are not."""
@@ -56,25 +63,28 @@ def is_published(folder: Path) -> bool:
     return read_json(folder / "config.json").get("model_type") == "openvla"
 
 
-def read_description(folder: Path, chunk: int) -> tuple[Source, OpenVLAOFTConfig, Tokenizer]:
+def read_description(folder: Path, chunk: int, regression: bool = False) -> tuple[Source, OpenVLAOFTConfig, Tokenizer]:
     """Everything but the weights.
 
     Args:
         folder: as published.
         chunk: actions per decision where perennial.json leaves it open.
+        regression: the action head is a file of its own, not the language model's.
 
     Raises:
         PerennialError: a file is missing or damaged, the architecture is another one, or the action head is.
     """
     heads = sorted(path.name for path in folder.glob("action_head--*"))
-    if heads:
+    if heads and not regression:
         raise PerennialError(
             f"{folder} was trained with the regression head {heads[0]}, which gives no log-probabilities, so its "
-            "action tokens mean nothing; choose a checkpoint whose language-model head was trained."
+            "action tokens mean nothing; choose a checkpoint whose language-model head was trained, or evaluate and "
+            "imitate with --policy.name openvla_oft_l1."
         )
     settings = read_settings(folder)
     tokenizer = _read_tokenizer(folder)
     config = read_config(folder, settings, chunk, tokenizer.token_to_id(EMPTY_TOKEN))
+    config = replace(config, regression=regression)
     return Source(folder, settings), config, tokenizer
 
 
@@ -116,9 +126,9 @@ def read_weights(
                     stored = tensors.get_tensor(name)
                     for ours, weight in to_ours(name, published[name], stored, shapes).items():
                         weights[ours] = weight.to(device, dtype)
-    if config.use_proprio:
+    for module in _side_modules(shapes):
         weights |= {
-            name: weight.to(device, dtype) for name, weight in _read_side(source.folder, PROPRIO, shapes).items()
+            name: weight.to(device, dtype) for name, weight in _read_side(source.folder, module, shapes).items()
         }
     model.load_state_dict(weights, assign=True)
 
@@ -152,12 +162,17 @@ def write_checkpoint(
                 for name in names
             }
         save_file(written, folder / file.name, metadata={"format": "pt"})
-    if config.use_proprio:
-        ours = merged_weights(model, {name for name in shapes if name.startswith(f"{PROPRIO}.")})
-        tensors = {name.removeprefix(f"{PROPRIO}."): weight.to("cpu", dtype) for name, weight in ours.items()}
-        save_file(tensors, folder / f"{PROPRIO}--0_checkpoint.safetensors", metadata={"format": "pt"})
+    for module in _side_modules(shapes):
+        ours = merged_weights(model, {name for name in shapes if name.startswith(f"{module}.")})
+        tensors = {name.removeprefix(f"{module}."): weight.to("cpu", dtype) for name, weight in ours.items()}
+        save_file(tensors, folder / f"{module}--0_checkpoint.safetensors", metadata={"format": "pt"})
     _write_index(folder, checkpoint, dtype)
     _copy_description(folder, source, dtype)
+
+
+def _side_modules(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Those of `SIDE` that the model has."""
+    return [module for module in SIDE if any(name.startswith(f"{module}.") for name in shapes)]
 
 
 def _read_side(folder: Path, module: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -168,13 +183,15 @@ def _read_side(folder: Path, module: str, shapes: Mapping[str, tuple[int, ...]])
     """
     found = sorted(folder.glob(f"{module}--*.safetensors"))
     if len(found) != 1:
-        pickled = next(folder.glob(f"{module}--*.pt"), folder / f"{module}--0_checkpoint.pt").name
-        converted = pickled.replace(".pt", ".safetensors")
-        raise PerennialError(
-            f"{folder} has {len(found)} files {module}--*.safetensors, but needs one; pickles are never opened here, "
-            "so convert the published one where you trust it: safetensors.torch.save_file("
-            f"torch.load({pickled!r}, weights_only=True), {converted!r})."
+        pickled = next(folder.glob(f"{module}--*.pt"), None)
+        advice = (
+            f"{pickled.name} is a pickle, which is not opened here: convert it by `perennial convert {pickled}`"
+            if pickled and not found
+            else "copy the published one into it"
+            if not found
+            else "keep one of them"
         )
+        raise PerennialError(f"{folder} has {len(found)} files {module}--*.safetensors, but needs one; {advice}.")
     tensors = {f"{module}.{name.removeprefix('module.')}": tensor for name, tensor in load_file(found[0]).items()}
     wanted = {name: shape for name, shape in shapes.items() if name.startswith(f"{module}.")}
     refuse_mismatch(found[0], {name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted)

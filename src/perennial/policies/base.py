@@ -113,6 +113,7 @@ class Policy(ABC):
     """A vision-language-action policy that owns its processor: images and words in, environment actions out.
 
     Attributes:
+        missing: methods that the policy cannot have, and why, as the end of a sentence.
         model: the torch module that learns; wrapped by PEFT once `add_adapter` was called.
         value_head: judges states for an objective that needs it, once `add_value_head` was called. It is no part of
             `model`: it never acts, it is in no group, and no strategy sees it.
@@ -123,6 +124,7 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
+    missing: ClassVar[Mapping[str, str]] = {}
     model: nn.Module
     value_head: nn.Module | None = None
     groups: Mapping[str, Sequence[str]]

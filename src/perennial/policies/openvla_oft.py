@@ -45,6 +45,7 @@ GROUP_OF_MODULE = {
     "language_model.model": "language",
     "language_model.lm_head": "action",
     "proprio_projector": "action",
+    "action_head": "action",
 }
 
 
@@ -58,6 +59,7 @@ class OpenVLAOFT(Policy):
     name: ClassVar[str] = "openvla_oft"
     published_chunk: ClassVar[int] = 8
     one_by_one: ClassVar[bool] = False
+    regression: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -88,7 +90,8 @@ class OpenVLAOFT(Policy):
         tokenizer = train_tokenizer(sentences)
         stats = NormStats(_quantiles(actions), _quantiles(states))
         bos = int(tokenizer.token_to_id(_tokenizer.BOS) or 0)
-        return cls.create(small_config(tokenizer.get_vocab_size(), bos, stats), tokenizer, seed)
+        config = small_config(tokenizer.get_vocab_size(), bos, stats, regression=cls.regression)
+        return cls.create(config, tokenizer, seed)
 
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
         """Decide by the inverse of each token's cumulative distribution at K uniform numbers per row."""
@@ -129,9 +132,7 @@ class OpenVLAOFT(Policy):
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Tokens for the mean action of each held window of `actions` [N, C, D]; int64 [N, K]."""
         config = self.config
-        actions = _gripper_opening(actions) if config.gripper == "libero" else actions
-        windows = actions.reshape(len(actions), config.chunk, config.hold, config.action_dim).mean(2, dtype=np.float64)
-        unit = np.clip(_normalise(windows, config.norm_stats.action), -1, 1)
+        unit = np.clip(self._unit(actions), -1, 1)
         bins = np.digitize(unit, np.linspace(-1, 1, config.action_bins)) - 1
         sample: np.ndarray = config.action_bins - 1 - bins
         return sample.reshape(len(actions), config.tokens)
@@ -141,7 +142,19 @@ class OpenVLAOFT(Policy):
         config = self.config
         edges = np.linspace(-1, 1, config.action_bins)
         bins = np.clip(config.action_bins - 1 - sample, 0, config.action_bins - 2)
-        unit = ((edges[:-1] + edges[1:]) / 2)[bins].reshape(len(sample), config.chunk, config.action_dim)
+        return self._actions(((edges[:-1] + edges[1:]) / 2)[bins])
+
+    def _unit(self, actions: np.ndarray) -> np.ndarray:
+        """The mean action of each held window of `actions` [N, C, D], normalised: float64 [N, chunk, D]."""
+        config = self.config
+        actions = _gripper_opening(actions) if config.gripper == "libero" else actions
+        windows = actions.reshape(len(actions), config.chunk, config.hold, config.action_dim).mean(2, dtype=np.float64)
+        return _normalise(windows, config.norm_stats.action)
+
+    def _actions(self, unit: np.ndarray) -> np.ndarray:
+        """Actions float32 [N, C, D], environment units, for K normalised numbers in each row of `unit`."""
+        config = self.config
+        unit = unit.reshape(len(unit), config.chunk, config.action_dim)
         actions = _unnormalise(unit, config.norm_stats.action).astype(np.float32)
         actions = _gripper_command(actions) if config.gripper == "libero" else actions
         return np.repeat(actions, config.hold, axis=1)
@@ -198,7 +211,7 @@ class OpenVLAOFT(Policy):
             PerennialError: a file is missing or damaged, or the checkpoint does not fit this policy.
         """
         if _openvla_published.is_published(folder):
-            source, config, tokenizer = _openvla_published.read_description(folder, cls.published_chunk)
+            source, config, tokenizer = _openvla_published.read_description(folder, cls.published_chunk, cls.regression)
             model = _network(config, "absent")
             chosen = dtype or getattr(torch, source.settings.dtype)
             _openvla_published.read_weights(source, config, model, chosen, torch.device(device))
@@ -233,7 +246,7 @@ class OpenVLAOFT(Policy):
     @classmethod
     def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
         """See `Policy.anatomy`."""
-        return _openvla_anatomy.read(folder, cls.published_chunk, instruction, cls.one_by_one)
+        return _openvla_anatomy.read(folder, cls.published_chunk, instruction, cls.one_by_one, cls.regression)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks of both vision towers and of the Llama."""

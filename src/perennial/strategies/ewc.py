@@ -63,6 +63,10 @@ class EWC(Strategy):
     anchor: Tensors = field(init=False, repr=False, default_factory=dict)
     squares: RunningSquares = field(init=False, repr=False, compare=False, default_factory=RunningSquares)
 
+    def requires(self) -> frozenset[str]:
+        """Log-probabilities, for the textbook's Fisher information."""
+        return frozenset({"log_prob"} if self.variant == "textbook" else ())
+
     def __post_init__(self) -> None:
         if self.coefficient < 0:
             raise PerennialError(f"ewc.coefficient is {self.coefficient}; it must be at least 0.")

@@ -1,0 +1,77 @@
+"""`perennial convert`: pickled weights become safetensors, which nothing can hide code in."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tyro.conf import Positional
+
+from perennial.errors import PerennialError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICKLED = (".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn pickled weights (.pt, .pth, .bin) into safetensors beside them, without running code that they may hold."""
+
+    path: Positional[Path]
+    """A file, or a folder of which every such file is converted."""
+
+    def __call__(self) -> None:
+        """Convert and print the new files."""
+        for path in pickled_files(self.path):
+            print(convert(path))
+
+
+def pickled_files(path: Path) -> list[Path]:
+    """`path` itself, or the pickles in the folder `path`.
+
+    Raises:
+        PerennialError: there are none.
+    """
+    found = sorted(p for p in path.iterdir() if p.suffix in PICKLED) if path.is_dir() else [path]
+    if not found or not found[0].is_file() or found[0].suffix not in PICKLED:
+        raise PerennialError(
+            f"{path} is no file that ends in {', '.join(PICKLED)} and no folder with some; name pickled weights."
+        )
+    return found
+
+
+def convert(path: Path) -> Path:
+    """Write the tensors pickled in `path` to a safetensors file beside it and return that; `path` stays.
+
+    Raises:
+        PerennialError: the file holds anything but named tensors, is damaged, or the new file exists already.
+    """
+    from safetensors.torch import save_file
+
+    target = path.with_suffix(".safetensors")
+    if target.exists():
+        raise PerennialError(f"{target} exists already; move it away to convert {path.name} again.")
+    tensors = _unpickle(path)
+    half = target.with_suffix(".part")
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, half, metadata={"format": "pt"})
+    half.replace(target)
+    return target
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PerennialError(
+            f"{path} holds more than weights or is damaged ({reason}); nothing was run or written, ask for safetensors."
+        ) from error
+    if not isinstance(content, dict) or not content or not all(isinstance(t, torch.Tensor) for t in content.values()):
+        raise PerennialError(f"{path} holds no dictionary of named tensors; convert a file of weights only.")
+    return {str(name): tensor for name, tensor in content.items()}

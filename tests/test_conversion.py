@@ -1,0 +1,60 @@
+"""Pickled weights become safetensors; pickled code does not run."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from perennial import cli
+from perennial.conversion import convert
+from perennial.errors import PerennialError
+
+
+class Trap:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_every_pickle_of_a_folder_becomes_safetensors(tmp_path, capsys):
+    base = torch.arange(12.0).reshape(3, 4)
+    first = {"module.a": base.T, "module.b": base[1:]}  # not contiguous, and sharing memory
+    second = {"c": torch.ones(2, dtype=torch.bfloat16)}
+    torch.save(first, tmp_path / "head--1.pt")
+    torch.save(second, tmp_path / "weights.bin")
+    cli.main(["convert", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / "head--1.safetensors"),
+        str(tmp_path / "weights.safetensors"),
+    ]
+    for name, tensors in (("head--1", first), ("weights", second)):
+        found = load_file(tmp_path / f"{name}.safetensors")
+        assert found.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert found[key].dtype == tensor.dtype
+            assert torch.equal(found[key], tensor)
+    with pytest.raises(PerennialError, match="exists already"):
+        convert(tmp_path / "weights.bin")
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
+    torch.save({"a": Trap(str(tmp_path / "sprung"))}, tmp_path / "evil.pt")
+    with pytest.raises(PerennialError, match="holds more than weights or is damaged"):
+        convert(tmp_path / "evil.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
+
+
+def test_what_holds_no_weights_is_refused(tmp_path):
+    torch.save({"step": 3, "a": torch.ones(1)}, tmp_path / "state.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:100])
+    for name, message in (("state.pt", "no dictionary of named tensors"), ("cut.pt", "is damaged")):
+        with pytest.raises(PerennialError, match=message):
+            convert(tmp_path / name)
+    for name in ("missing.pt", "notes.txt", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "notes.txt").write_text("a")
+        with pytest.raises(SystemExit):
+            cli.main(["convert", str(tmp_path / name)])
