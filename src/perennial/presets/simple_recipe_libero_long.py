@@ -3,6 +3,13 @@
 It starts from their checkpoint Openvla-oft-SFT-libero10-trajall; name its folder by --policy.checkpoint.
 """
 
-from perennial.presets._simple_recipe_libero import simple_recipe
+from perennial.presets._simple_recipe import simple_recipe
+from perennial.suites.libero_study import LiberoStudy
 
-CONFIG = simple_recipe("long", "Openvla-oft-SFT-libero10-trajall", iterations=5)
+CONFIG = simple_recipe(
+    "LIBERO, suite long",
+    "libero_study",
+    LiberoStudy.sequences["long"],
+    "Openvla-oft-SFT-libero10-trajall",
+    iterations=5,
+)

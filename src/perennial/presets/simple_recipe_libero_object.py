@@ -3,6 +3,13 @@
 It starts from their checkpoint Openvla-oft-SFT-libero-object-traj1; name its folder by --policy.checkpoint.
 """
 
-from perennial.presets._simple_recipe_libero import simple_recipe
+from perennial.presets._simple_recipe import simple_recipe
+from perennial.suites.libero_study import LiberoStudy
 
-CONFIG = simple_recipe("object", "Openvla-oft-SFT-libero-object-traj1", iterations=10)
+CONFIG = simple_recipe(
+    "LIBERO, suite object",
+    "libero_study",
+    LiberoStudy.sequences["object"],
+    "Openvla-oft-SFT-libero-object-traj1",
+    iterations=10,
+)

@@ -3,6 +3,13 @@
 It starts from their checkpoint Openvla-oft-SFT-libero-spatial-traj1; name its folder by --policy.checkpoint.
 """
 
-from perennial.presets._simple_recipe_libero import simple_recipe
+from perennial.presets._simple_recipe import simple_recipe
+from perennial.suites.libero_study import LiberoStudy
 
-CONFIG = simple_recipe("spatial", "Openvla-oft-SFT-libero-spatial-traj1", iterations=10)
+CONFIG = simple_recipe(
+    "LIBERO, suite spatial",
+    "libero_study",
+    LiberoStudy.sequences["spatial"],
+    "Openvla-oft-SFT-libero-spatial-traj1",
+    iterations=10,
+)

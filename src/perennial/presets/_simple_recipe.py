@@ -1,4 +1,4 @@
-"""What the three LIBERO experiments of the simple recipe (arXiv 2603.11653) have in common.
+"""What the experiments of the simple recipe (arXiv 2603.11653) with a VLA of 7B parameters have in common.
 
 Values are those of the paper's tables and its released configuration. Where they differ, this is the paper: its Adam
 has eps 1e-5, their code never passes it on. Weight decay 0.01 is what their code ends up with; the paper is silent.
@@ -11,23 +11,24 @@ from perennial.config import Config, Evaluation, PolicyChoice, Tasks
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig
 from perennial.policies.lora import LoRA
-from perennial.suites.libero_study import LiberoStudy
+from perennial.suites.base import Sequence
 
 TEMPERATURE = 1.6
 
 
-def simple_recipe(sequence: str, checkpoint: str, iterations: int) -> Config:
-    """Five tasks of one LIBERO suite in a row and five held out.
+def simple_recipe(benchmark: str, suite: str, tasks: Sequence, checkpoint: str, iterations: int) -> Config:
+    """The tasks of a sequence in a row, and those that it holds out.
 
     Args:
-        sequence: "spatial", "object" or "long".
-        checkpoint: folder with the published policy that starts.
+        benchmark: what people call it.
+        suite: name of the suite.
+        tasks: of the suite.
+        checkpoint: folder with the policy that starts.
         iterations: of GRPO for each task.
     """
-    tasks = LiberoStudy.sequences[sequence]
     return Config(
-        description=f"The simple recipe on LIBERO, suite {sequence}, with the hyper-parameters of the paper",
-        suite="libero_study",
+        description=f"The simple recipe on {benchmark}, with the hyper-parameters of the paper",
+        suite=suite,
         tasks=Tasks(tasks.trained, tasks.held_out),
         policy=PolicyChoice(checkpoint=checkpoint, adapter=LoRA(rank=32, alpha=32)),
         recipe=(

@@ -1,0 +1,191 @@
+"""RoboCasa: eighteen single skills of a Panda arm on wheels, in kitchens that differ with every initial state.
+
+Nasiriany et al. 2024 (arXiv 2406.02523), release 1.0.1 with its `RoboCasaGymEnv`. Written against that interface and
+tested with an imitation of it: not run by us, since RoboCasa is installed from its repository and its assets are 10 GB.
+
+Only tasks whose sentence is the same in every kitchen are here, because a task of a suite has one. Initial state n of a
+split is what `reset(seed=...)` makes of a number that no other has. Variant "id" draws from RoboCasa's kitchens and
+objects for pre-training, "target" from those that it keeps for evaluation. RoboCasa draws its cameras at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, get_args
+
+import gymnasium
+import numpy as np
+
+from perennial.errors import PerennialError, unknown
+from perennial.suites import base
+from perennial.suites._mujoco import choose_gl
+
+# name: (what RoboCasa tells the robot, horizon in its registry of data sets)
+_TASKS = {
+    "TurnOnMicrowave": ("Press the start button on the microwave.", 450),
+    "TurnOnSinkFaucet": ("Turn on the sink faucet.", 600),
+    "CloseToasterOvenDoor": ("Close the toaster oven door.", 450),
+    "OpenStandMixerHead": ("Open the stand mixer head.", 450),
+    "TurnOnElectricKettle": ("Press down the lever to turn on the electric kettle.", 450),
+    "TurnOffMicrowave": ("Press the stop button on the microwave.", 300),
+    "TurnOffSinkFaucet": ("Turn off the sink faucet.", 300),
+    "OpenToasterOvenDoor": ("Open the toaster oven door.", 450),
+    "CloseStandMixerHead": ("Close the stand mixer head.", 450),
+    "CloseElectricKettleLid": ("Close the lid of the electric kettle.", 300),
+    "OpenElectricKettleLid": ("Press the button to open the lid of the electric kettle.", 300),
+    "OpenFridgeDrawer": ("Fully open the fridge drawer.", 450),
+    "CloseFridgeDrawer": ("Fully close the fridge drawer.", 450),
+    "PreheatOven": ("Preheat the oven by turning the temperature knob.", 450),
+    "StartCoffeeMachine": ("Press the button on the coffee machine to serve coffee.", 300),
+    "TurnOnBlender": ("Turn on the blender by pressing the power button.", 300),
+    "TurnOnToaster": ("Push down the lever of the toaster to turn it on.", 300),
+    "TurnOnToasterOven": ("Turn on the toaster oven by setting the timer.", 450),
+}
+_KITCHENS = {"id": "pretrain", "target": "target"}
+"""What RoboCasa calls the kitchens of a variant."""
+CAMERAS = ("robot0_agentview_left", "robot0_agentview_right", "robot0_eye_in_hand")
+STATE = {
+    "state.base_position": 3,
+    "state.base_rotation": 4,
+    "state.end_effector_position_relative": 3,
+    "state.end_effector_rotation_relative": 4,
+    "state.gripper_qpos": 2,
+}
+"""Observed numbers and how many of each, in the order of the proprioceptive state."""
+ACTION = {
+    "action.end_effector_position": 3,
+    "action.end_effector_rotation": 3,
+    "action.gripper_close": 1,
+    "action.base_motion": 4,
+    "action.control_mode": 1,
+}
+"""Parts of an action and their lengths, in RoboCasa's order."""
+_SPLITS = get_args(base.Split)
+
+
+def _task(name: str, told: str, horizon: int) -> base.Task:
+    """Evaluation hears RoboCasa's sentence, training the same without its full stop and politely."""
+    plain = told[0].lower() + told[1:].rstrip(".")
+    return base.Task(name, (plain, f"please {plain}"), told, horizon)
+
+
+class RoboCasa(base.Suite):
+    """Tasks of RoboCasa that press, turn, open and close."""
+
+    name: ClassVar[str] = "robocasa"
+    tasks: Mapping[str, base.Task] = {name: _task(name, *of) for name, of in _TASKS.items()}
+    sequences: Mapping[str, base.Sequence] = {
+        "simple_recipe": base.Sequence(trained=tuple(_TASKS)[:5], held_out=tuple(_TASKS)[5:10])
+    }
+    variants = tuple(_KITCHENS)
+    state_dim = sum(STATE.values())
+    action_dim = sum(ACTION.values())
+
+    def make(self, task: str, variant: str = "id", image_size: int = 64) -> RoboCasaEnvironment:
+        """Build the environment of `task`; see `Suite.make`."""
+        if task not in self.tasks:
+            raise unknown("RoboCasa task", task, self.tasks)
+        if variant not in _KITCHENS:
+            raise unknown("RoboCasa variant", variant, _KITCHENS)
+        kitchen = _wrapper()(
+            env_name=task, split=_KITCHENS[variant], camera_widths=image_size, camera_heights=image_size
+        )
+        return RoboCasaEnvironment(self.tasks[task], kitchen)
+
+    def doctor(self) -> list[Any]:
+        """Whether RoboCasa is here."""
+        from perennial.doctor import Check, installed_version
+
+        version = installed_version("robocasa")
+        if version is None:
+            return [Check("RoboCasa", "warning", "not installed", "install it from its repository, see docs/suites.md")]
+        return [Check("RoboCasa", "ok", version)]
+
+
+def _wrapper() -> Any:
+    """RoboCasa's gymnasium environment class."""
+    choose_gl()
+    try:
+        from robocasa.wrappers.gym_wrapper import RoboCasaGymEnv
+    except ImportError as error:
+        raise PerennialError(
+            f"RoboCasa cannot be imported ({error}): install it from its repository with `pip install "
+            "git+https://github.com/ARISE-Initiative/robosuite` and a clone of https://github.com/robocasa/robocasa, "
+            "then run `python -m robocasa.scripts.download_kitchen_assets`."
+        ) from error
+    return RoboCasaGymEnv
+
+
+class RoboCasaEnvironment(base.Environment):
+    """One RoboCasa task; see `suites.base.Environment`.
+
+    The proprioceptive state is float32 [16]: the base's position in metres and quaternion, the hand's position and
+    quaternion relative to the base, and both fingers. Actions are float32 [12] in [-1, 1]: the hand's displacement and
+    rotation, the gripper (closed from 0.5 on), the base's three motions and the torso's, and what moves (the base
+    from 0.5 on, else the arm); values outside are clipped. Without options, `reset(seed=n)` goes to training state n.
+    """
+
+    def __init__(self, task: base.Task, kitchen: Any) -> None:
+        self.task = task
+        self.action_space = gymnasium.spaces.Box(-1, 1, (RoboCasa.action_dim,), np.float32)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (RoboCasa.state_dim,), np.float32)
+        self._kitchen = kitchen
+        self._observed: Mapping[str, Any] = {}
+        self._steps = 0
+        self._open = True
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin an episode; see `suites.base.Environment`.
+
+        Raises:
+            PerennialError: unknown split, or RoboCasa tells the robot something else than this suite does.
+        """
+        super().reset(seed=seed)
+        wanted = {"split": "training", "index": seed or 0, **(options or {})}
+        if wanted["split"] not in _SPLITS:
+            raise unknown("split", str(wanted["split"]), _SPLITS)
+        state = len(_SPLITS) * int(wanted["index"]) + _SPLITS.index(wanted["split"])
+        self._observed, _ = self._kitchen.reset(seed=state)
+        told = self._observed["annotation.human.task_description"]
+        if told != self.task.evaluation_instruction:
+            raise PerennialError(
+                f"RoboCasa says {told!r} for {self.task.name}, but this suite {self.task.evaluation_instruction!r}; "
+                "install RoboCasa 1.0.1."
+            )
+        self._steps = 0
+        return self._state(), {"is_success": False}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Move for one control step of 50 ms; the reward is 1 at success, else 0.
+
+        Raises:
+            PerennialError: the action is not finite.
+        """
+        if not np.isfinite(action).all():
+            raise PerennialError(f"The action {action} is not finite; look for NaN in the policy's weights.")
+        parts = np.split(np.clip(action, -1, 1).astype(np.float64), np.cumsum([*ACTION.values()])[:-1])
+        self._observed, *_, info = self._kitchen.step(dict(zip(ACTION, parts, strict=True)))
+        self._steps += 1
+        success = bool(info["success"])
+        truncated = not success and self._steps >= self.task.horizon
+        return self._state(), float(success), success, truncated, {"is_success": success}
+
+    def _state(self) -> np.ndarray:
+        return np.concatenate([self._observed[part] for part in STATE]).astype(np.float32)
+
+    def render(self) -> np.ndarray:  # type: ignore[override]
+        """The pictures of the last observation, uint8 [3, image_size, image_size, 3]: left, right, hand."""
+        return np.stack([self._observed[f"video.{camera}"] for camera in CAMERAS])
+
+    def film(self, size: int) -> np.ndarray:
+        """The left camera's view, uint8 [size, size, 3]."""
+        upside_down = self._kitchen.env.sim.render(camera_name=CAMERAS[0], width=size, height=size)
+        return np.ascontiguousarray(upside_down[::-1])
+
+    def close(self) -> None:
+        """End the simulation."""
+        if self._open:
+            self._kitchen.close()
+        self._open = False
