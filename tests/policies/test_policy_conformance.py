@@ -13,11 +13,13 @@ from perennial.testing.toy import ToyPolicy
 
 OPENVLA_OBSERVATION = example_observation(image_size=32, state_dim=tiny_openvla_oft.STATE_DIM)
 PI0_OBSERVATION = example_observation(image_size=16, state_dim=tiny_pi0.STATE_DIM)
+FLOW_NOISE = Exploration("all", method="noise", lowest=0.2, highest=0.6)
 SUBJECTS = {
     "openvla_oft": Subject(tiny_openvla_oft.tiny_policy, OPENVLA_OBSERVATION),
     "openvla": Subject(partial(tiny_openvla_oft.tiny_policy, kind=OpenVLA), OPENVLA_OBSERVATION),
     "pi0": Subject(tiny_pi0.tiny_policy, PI0_OBSERVATION),
     "pi0, all steps": Subject(lambda: tiny_pi0.tiny_policy(exploration=Exploration("all")), PI0_OBSERVATION),
+    "pi0, flow noise": Subject(lambda: tiny_pi0.tiny_policy(exploration=FLOW_NOISE), PI0_OBSERVATION),
     "toy": Subject(ToyPolicy, example_observation(image_size=8, state_dim=2)),
 }
 

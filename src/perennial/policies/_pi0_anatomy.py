@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
 from perennial.policies import _pi0_checkpoint
 from perennial.policies._anatomy import Anatomy, Blocks, Layer, Visit
 from perennial.policies._pi0_config import Moments, PI0Config, Transformer
+from perennial.policies._pi0_noise import HIDDEN
 
 TOKENS_PER_WORD = 1.4
 """Of PaliGemma's tokenizer, roughly."""
@@ -43,7 +45,7 @@ def describe(config: PI0Config, prompt: int, dtype: str) -> Anatomy:
 
     heads = vision.heads, vision.heads, vision.width // vision.heads
     width = expert.width
-    parts = (
+    parts: tuple[Layer | Blocks, ...] = (
         Layer("vision", 3 * vision.patch_size**2, vision.width, seen, seen, frozen=True),
         Blocks("vision", vision.layers, vision.width, *heads, vision.mlp_width, image, image, gated=False),
         Layer("vision", vision.width, language.width, seen, seen),
@@ -56,6 +58,9 @@ def describe(config: PI0Config, prompt: int, dtype: str) -> Anatomy:
         Blocks("action", expert.layers, *_sizes(expert), acting, learning, gemma=True, normed=True),
         layer(width, config.max_action_dim, config.horizon),
     )
+    if config.exploration.method == "noise":
+        ends = itertools.pairwise((width, *HIDDEN, config.max_action_dim))
+        parts += tuple(layer(into, out, config.horizon, activated=True) for into, out in ends)
     other = {
         "vision": (patches + 2) * vision.width,
         "language": (config.vocab_size + 1) * language.width,

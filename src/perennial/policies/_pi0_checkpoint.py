@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from perennial.errors import PerennialError
-from perennial.policies._pi0_config import GEMMA, Moments, PI0Config, Vision
+from perennial.policies._pi0_config import GEMMA, Exploration, Moments, PI0Config, Vision
+from perennial.policies._pi0_noise import PREFIX
 from perennial.policies._tensors import SHOWN
 
 RENAMED = (
@@ -75,7 +76,9 @@ def read_weights(folder: Path, network: nn.Module) -> None:
                     found.add(name)
         except (SafetensorError, OSError) as error:
             raise PerennialError(f"{path} cannot be read ({error}); copy the checkpoint again.") from error
-    problems += [f"lacks {name}" for name in sorted(wanted.keys() - found)]
+    learned = {name for name in wanted if name.startswith(PREFIX)}
+    lacking = wanted.keys() - found - (set() if learned & found else learned)  # which begins anew where it is unknown
+    problems += [f"lacks {name}" for name in sorted(lacking)]
     _refuse(folder, problems)
 
 
@@ -119,6 +122,7 @@ def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) ->
         max_action_dim=values["max_action_dim"],
         denoising_steps=values["num_inference_steps"],
         max_prompt_length=values["tokenizer_max_length"],
+        exploration=Exploration(**values.get("exploration", {})),
         **PUBLISHED,
     )
 

@@ -53,21 +53,32 @@ GEMMA: dict[str, Transformer] = {
 
 @dataclass(frozen=True)
 class Exploration:
-    """How actions are sampled above temperature 0, see `perennial.policies._flow`.
+    """How actions are sampled above temperature 0, see `perennial.policies._flow` and `perennial.policies._pi0_noise`.
 
     Attributes:
         steps: "one" makes one denoising step of each decision, drawn evenly, stochastic; "all" makes every step so.
-        level: noise level a at temperature 1, above 0; the temperature multiplies it.
+        level: noise level a of Flow-SDE at temperature 1, above 0; the temperature multiplies it.
+        method: "sde" is Flow-SDE; "noise" is Flow-Noise, where a network learns the deviations of every step.
+        lowest, highest: bounds of Flow-Noise's deviations at temperature 1; the temperature multiplies them.
     """
 
     steps: Literal["one", "all"] = "one"
     level: float = 0.5
+    method: Literal["sde", "noise"] = "sde"
+    lowest: float = 0.08
+    highest: float = 0.16
 
     def __post_init__(self) -> None:
         if self.steps not in ("one", "all"):
             raise ValueError(f"exploration.steps is {self.steps!r}, not 'one' or 'all'")
         if not self.level > 0:
             raise ValueError(f"exploration.level is {self.level}, not above 0")
+        if self.method not in ("sde", "noise"):
+            raise ValueError(f"exploration.method is {self.method!r}, not 'sde' or 'noise'")
+        if self.method == "noise" and self.steps != "all":
+            raise ValueError(f"exploration.steps is {self.steps!r}, but the method 'noise' needs 'all'")
+        if not 0 < self.lowest < self.highest:
+            raise ValueError(f"exploration.lowest and highest are {self.lowest} and {self.highest}, not 0 < low < high")
 
     def passes(self, denoising_steps: int) -> int:
         """Stochastic steps of one decision, each of which the update looks at."""

@@ -16,6 +16,7 @@ from transformers import PI0ForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from perennial.policies._pi0_config import PI0Config, Transformer
+from perennial.policies._pi0_noise import PREFIX, NoiseNetwork
 
 GROUP_OF_MODULE = {
     "pi0.model.vlm.vision_tower.": "vision",
@@ -24,6 +25,7 @@ GROUP_OF_MODULE = {
     "pi0.model.dit.": "action",
     "pi0.embed_action_time.": "action",
     "pi0.action_out_proj.": "action",
+    PREFIX: "action",
 }
 
 
@@ -45,6 +47,7 @@ class PI0Network(nn.Module):
         super().__init__()
         self.pi0: Any = PI0ForConditionalGeneration(_transformers_config(config))
         self.pi0.model.dit.embed_tokens = None  # the expert never reads a token
+        self.noise_network = NoiseNetwork(config) if config.exploration.method == "noise" else None
 
     @classmethod
     def create(cls, config: PI0Config, random: bool) -> PI0Network:
@@ -82,7 +85,16 @@ class PI0Network(nn.Module):
         return Prefix(cache, columns)
 
     def velocity(self, prefix: Prefix, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """The second pass: velocity float32 [N, H, P] of noisy actions.
+        """The second pass: velocity float32 [N, H, P] of noisy actions; arguments as of `hidden`."""
+        return self.read_velocity(self.hidden(prefix, state, noisy, time))
+
+    def read_velocity(self, hidden: Tensor) -> Tensor:
+        """Velocity float32 [N, H, P] from the expert's hidden states."""
+        velocity: Tensor = self.pi0.action_out_proj(hidden).float()
+        return velocity
+
+    def hidden(self, prefix: Prefix, state: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """The expert's hidden states at the actions, [N, H, width].
 
         Args:
             prefix: what `prefix` gave; it stays as it is.
@@ -90,16 +102,11 @@ class PI0Network(nn.Module):
             noisy: [N, H, P], noise at time 1 and actions at time 0.
             time: float32 [N].
         """
-        out = self.pi0(
-            state=state.to(self.dtype),
-            noise=noisy.to(self.dtype),
-            timestep=time,
-            attention_mask=prefix.mask,
-            past_key_values=prefix.cache,
-        )
+        embedded = self.pi0.embed_action_time(state.to(self.dtype), noisy.to(self.dtype), time)
+        out = self.pi0.model(action_embeds=embedded, attention_mask=prefix.mask, past_key_values=prefix.cache)
         prefix.cache.crop(-(1 + noisy.shape[1]))  # the columns of the state and of the actions
-        result: Tensor = out.logits.float()
-        return result
+        hidden: Tensor = out.last_hidden_state[:, -noisy.shape[1] :]
+        return hidden
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,6 +4,7 @@ The 3B checkpoint and the small default are this class with another config. Acti
 actions. At temperature 0 it starts from the noise's mean and takes Euler steps. Above, it starts from random noise, and
 one denoising step of each decision, or every one, is a Gaussian transition of Flow-SDE (pi_RL, arXiv 2510.25889), whose
 log-density is the policy's log-probability; the temperature multiplies its noise level and leaves the marginals alone.
+With Flow-Noise (see `_pi0_noise`) every step is stochastic, with deviations that are learned.
 
 A log-probability belongs to one executed action, K = C: the sum over its D numbers and over the stochastic steps. Only
 these C x D numbers of the H x P of the flow are given noise, so the K log-probabilities together are the whole density
@@ -262,9 +263,12 @@ class PI0(Policy):
         self, prefix: Prefix, state: Tensor, x: Tensor, index: Tensor, level: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the flow after denoising step `index` [N] from `x`, float32 [N, H, P]."""
-        steps = self.config.denoising_steps
-        velocity = self._network.velocity(prefix, state, x, _flow.times(index, steps))
-        return _flow.transition(x, velocity, index, steps, level)
+        steps, network = self.config.denoising_steps, self._network
+        hidden = network.hidden(prefix, state, x, _flow.times(index, steps))
+        velocity = network.read_velocity(hidden)
+        if network.noise_network is None:
+            return _flow.transition(x, velocity, index, steps, level)
+        return x - velocity / steps, network.noise_network(hidden) * level
 
     def _log_density(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Log-density of each executed action, float32 [N, C], the sum over its D numbers."""
@@ -276,9 +280,11 @@ class PI0(Policy):
         return (torch.arange(self.config.max_action_dim, device=self.device) < self.config.action_dim).float()
 
     def _level(self, temperature: float) -> Tensor:
-        """Noise level of each number of the flow, 0 for those that are not executed; float32 [1, H, P]."""
+        """What noise is multiplied by for each number of the flow, 0 where it is not executed; float32 [1, H, P]."""
         executed = (torch.arange(self.config.horizon, device=self.device) < self.config.executed).float()
-        return self.config.exploration.level * temperature * (executed[:, None] * self._used())[None]
+        exploration = self.config.exploration
+        level = exploration.level if exploration.method == "sde" else 1.0
+        return level * temperature * (executed[:, None] * self._used())[None]
 
     def _keys(self, observation: Observation) -> list[str]:
         """What names each row's noise: images, state and instruction, and the first number of each trainable tensor."""
