@@ -241,6 +241,17 @@ def test_progress_counts_the_bytes_of_the_weights(pair, tmp_path):
     assert seen[-1] == (report.size, report.size) == ((tmp_path / "out/model.safetensors").stat().st_size,) * 2
 
 
+def test_one_thread_averages_while_others_hash_and_read(pair, tmp_path):
+    before, seen = torch.get_num_threads(), set()
+    torch.set_num_threads(2)
+    try:
+        merge_checkpoints(*pair, tmp_path / "out", on_progress=lambda *_: seen.add(torch.get_num_threads()))
+        assert seen == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_single_file_is_merged_into_a_folder_with_that_file(pair, tmp_path):
     merge_checkpoints(pair[0] / "model.safetensors", pair[1] / "model.safetensors", tmp_path / "out", alpha=0.5)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["merge_provenance.json", "model.safetensors"]
