@@ -1,10 +1,13 @@
 """The protocol table against hand-computed means."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from perennial.evaluation.success_matrix import SuccessMatrix
-from perennial.reports import protocol
+from perennial.reports import protocol, study
+from perennial.studies import base
 from perennial.studies._results import Result
 from perennial.studies.base import Method, Study
 
@@ -97,3 +100,23 @@ def test_the_markdown_shows_rates_and_signed_differences(results):
 
 def test_a_study_of_one_order_has_no_protocol(results):
     assert protocol.figures(Study("", "demo", {"plain": Method()}, reference="plain"), results) is None
+
+
+def test_a_row_of_another_task_is_compared_with_the_reference_on_that_task(results, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "study_name", lambda folder: "invented")
+    monkeypatch.setattr(study.base, "find", lambda name: STUDY)
+    content = {"command": "", "environment": {}}
+    known = {
+        row: {seed: replace(r, cost={"s": 1.0}, content=content) for seed, r in runs.items()}
+        for row, runs in results.items()
+    }
+    monkeypatch.setattr(
+        study, "_results", lambda folder, found: {row: known[row] for row in ("merged-door", "plain-door")}
+    )
+    monkeypatch.setattr(
+        study.base, "grid", lambda found: [base.Entry(STUDY, m, "door", s) for m in ("merged", "plain") for s in (0, 1)]
+    )
+    merged, plain = study.figures(tmp_path)["rows"]
+    assert merged["section"] == "ours"
+    assert merged["decoders"]["sampled"]["versus"]["avg"]["value"] == pytest.approx(-10)
+    assert plain["decoders"]["sampled"]["versus"] is None

@@ -70,7 +70,6 @@ def figures(folder: Path) -> dict[str, Any]:
     if not results:
         raise PerennialError(f"The study in {folder} has no result yet; run it by `perennial study {name}`.")
     entries = {entry.row: entry for entry in base.grid(study)}
-    reference = results.get(study.reference, {})
     one = next(iter(next(iter(results.values())).values()))
     return {
         "study": name,
@@ -82,7 +81,7 @@ def figures(folder: Path) -> dict[str, Any]:
         "environments": _environments(results),
         "missing": [e.name for e in base.grid(study) if e.seed not in results.get(e.row, {})],
         "protocol": protocol.figures(study, results),
-        "rows": [_row(entries[row], results[row], reference) for row in results],
+        "rows": [_row(entries[row], results[row], _reference(entries[row], results)) for row in results],
     }
 
 
@@ -93,6 +92,12 @@ def _results(folder: Path, study: base.Study) -> dict[str, dict[int, Result]]:
         if has(folder, entry):
             found.setdefault(entry.row, {})[entry.seed] = load(path(folder, entry))
     return found
+
+
+def _reference(entry: base.Entry, results: Mapping[str, Results]) -> Results:
+    """What a row is compared with: the reference in the given order, or in its own where orders teach other tasks."""
+    order = f"-{entry.order}" if entry.order in entry.study.pooled else ""
+    return results.get(f"{entry.study.reference}{order}", {})
 
 
 def _environments(results: Mapping[str, Results]) -> list[dict[str, Any]]:
@@ -111,13 +116,13 @@ def _row(entry: base.Entry, results: Results, reference: Results) -> dict[str, A
         other = {seed: result.matrices[variant, decoder] for seed, result in reference.items()}
         decoders[decoder] = {
             **{key: percent(value) for key, value in summary_of_runs(list(own.values())).items()},
-            "versus": _versus(entry, own, other),
+            "versus": None if results is reference else _versus(own, other),
             "forgetting": _forgetting(list(own.values())),
         }
     costs = [result.cost for result in results.values()]
     return {
         "row": entry.row,
-        "section": method.section if entry.order == base.GIVEN else "order of tasks",
+        "section": method.section if entry.order in (base.GIVEN, *entry.study.pooled) else "order of tasks",
         "seeds": list(results),
         "overrides": {key: value for key, value in entry.overrides.items() if key != "seed"},
         "commands": [result.content["command"] for result in results.values()],
@@ -127,12 +132,10 @@ def _row(entry: base.Entry, results: Results, reference: Results) -> dict[str, A
     }
 
 
-def _versus(
-    entry: base.Entry, own: Mapping[int, SuccessMatrix], other: Mapping[int, SuccessMatrix]
-) -> dict[str, Any] | None:
+def _versus(own: Mapping[int, SuccessMatrix], other: Mapping[int, SuccessMatrix]) -> dict[str, Any] | None:
     """The mean difference to the reference on the seeds that both have."""
     common = [seed for seed in own if seed in other]
-    if entry.row == entry.study.reference or not common:
+    if not common:
         return None
     found = mean_difference([(other[seed], own[seed]) for seed in common])
     return {key: percent(value) for key, value in found.items()}
