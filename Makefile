@@ -3,10 +3,10 @@ STAMP := $(VENV)/setup-complete
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench faults clean
+.PHONY: help setup demo test check bench bench-gpu faults clean
 
 help: ## List these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-9s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## Make .venv with everything in it (PYTHON=... chooses the interpreter)
 
@@ -28,6 +28,9 @@ check: $(STAMP) ## Lint, formatting and types
 
 bench: $(STAMP) ## Run the benchmarks
 	$(VENV)/bin/python benchmarks/run.py
+
+bench-gpu: $(STAMP) ## Run the benchmarks of the 7B model on this machine's GPU
+	$(VENV)/bin/python benchmarks/gpu.py
 
 faults: $(STAMP) ## Run the long kill-and-resume tests
 	$(VENV)/bin/python -m pytest -m faults

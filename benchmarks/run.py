@@ -24,7 +24,9 @@ The ceiling replays the same episodes, actions and images in as many processes, 
 anything. What lies between it and a rollout is almost only the forward pass, which shares the core with the simulator:
 there is no waiting and no communication while a worker plays its share. The simulator itself was made faster first (no
 needless drawing, resets without settling twice, one renderer a task), which raises the ceiling and so lowers the share.
-The plain way draws a picture in default quality at every step; it is there to show what drawing costs."""
+The plain way draws a picture in default quality at every step; it is there to show what drawing costs.
+
+What the 7B model takes on a GPU is on [another page](gpu-benchmarks.md); so far it is counted, not measured."""
 WORDS = {
     "steps_per_second": "environment steps per second while a policy acts",
     "ceiling_steps_per_second": "the same steps and images without a policy",

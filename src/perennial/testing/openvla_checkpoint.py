@@ -61,6 +61,7 @@ def write_openvla_checkpoint(
     instructions: Sequence[str] = INSTRUCTIONS,
     files: int = 2,
     dtype: torch.dtype = torch.bfloat16,
+    deviation: float = STANDARD_DEVIATION,
     seed: int = 0,
 ) -> Path:
     """Write a checkpoint into `folder` and return it.
@@ -76,6 +77,7 @@ def write_openvla_checkpoint(
         instructions: what the tokenizer learns its pieces from.
         files: among which the tensors are dealt out; one is written without an index.
         dtype: of the tensors.
+        deviation: of the weights, which are normal numbers.
         seed: names the weights.
     """
     folder.mkdir(parents=True)
@@ -103,7 +105,7 @@ def write_openvla_checkpoint(
     _write_json(folder / "config.json", config)
     _write_json(folder / "preprocessor_config.json", _preprocessor(towers, image_size))
     _write_json(folder / SETTINGS, {"towers": dataclasses.asdict(towers), **(settings or {})})
-    _write_weights(folder, files, dtype, seed)
+    _write_weights(folder, files, dtype, deviation, seed)
     return folder
 
 
@@ -141,7 +143,7 @@ def _preprocessor(towers: Towers, image_size: int) -> dict[str, Any]:
     }
 
 
-def _write_weights(folder: Path, files: int, dtype: torch.dtype, seed: int) -> None:
+def _write_weights(folder: Path, files: int, dtype: torch.dtype, deviation: float, seed: int) -> None:
     from perennial.policies._openvla_oft_model import OpenVLAOFTModel
 
     config = read_config(folder, read_settings(folder), chunk=1, empty_token_id=0)
@@ -154,7 +156,7 @@ def _write_weights(folder: Path, files: int, dtype: torch.dtype, seed: int) -> N
     for number in range(files):
         part = names[number * share : (number + 1) * share]
         file = "model.safetensors" if files == 1 else f"model-{number + 1:05d}-of-{files:05d}.safetensors"
-        tensors = {name: _random(name, published[name].shape, seed).to(dtype) for name in part}
+        tensors = {name: _random(name, published[name].shape, deviation, seed).to(dtype) for name in part}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where |= dict.fromkeys(part, file)
     if files > 1:
@@ -165,9 +167,9 @@ def _write_weights(folder: Path, files: int, dtype: torch.dtype, seed: int) -> N
         )
 
 
-def _random(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+def _random(name: str, shape: tuple[int, ...], deviation: float, seed: int) -> Tensor:
     """Small normal numbers, around 1 for what scales."""
-    noise = stream(seed, "checkpoint", name).standard_normal(shape, dtype="float32") * STANDARD_DEVIATION
+    noise = stream(seed, "checkpoint", name).standard_normal(shape, dtype="float32") * deviation
     scales = "norm" in name and name.endswith("weight")
     return torch.from_numpy(noise) + float(scales)
 
