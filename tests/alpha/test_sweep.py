@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -6,7 +5,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from perennial.alpha import sweep
-from perennial.alpha.sweep import Pair, front, knee, open_pair
+from perennial.alpha.sweep import Pair, front, likeliest, open_pair
 from perennial.errors import PerennialError
 from perennial.merging.groups import grid
 from perennial.policies._learned import save_learned
@@ -78,13 +77,11 @@ def test_the_front_is_what_nothing_dominates(points):
         assert on_front == (not better)
 
 
-def test_the_rule_of_thumb_takes_the_knee():
-    alphas = np.linspace(0, 1, 6)
-    target, drift = np.exp(-4 * alphas), alphas**4
-    scaled = (target - target.min()) / np.ptp(target) + drift
-    assert knee(list(target), list(drift)) == int(scaled.argmin()) not in (0, 5)
-    assert knee([1.0, 1.0], [0.0, 1.0]) == 0
-    assert knee([3.0, 1.0], [7.0, 7.0]) == 1
+def test_the_rule_of_thumb_takes_the_least_sum_of_losses():
+    assert likeliest([4.8, 2.9, 1.7, 1.4, 1.3, 1.27], [1.39, 1.4, 1.45, 1.54, 1.68, 1.86]) == 3
+    assert likeliest([4.8, 2.9, 1.7, 1.4, 1.3, 1.27], [1.39, 1.39, 1.4, 1.4, 1.41, 1.42]) == 5
+    assert likeliest([1.0, 1.0], [0.0, 1.0]) == 0
+    assert likeliest([3.0, 3.0], [7.0, 7.0]) == 0
 
 
 def test_losses_are_those_of_the_merged_policies(base):

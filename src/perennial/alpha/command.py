@@ -16,7 +16,7 @@ from rich.table import Table
 
 import perennial
 from perennial import discovery
-from perennial.alpha.sweep import Pair, Plan, front, knee, losses, open_pair, sweep
+from perennial.alpha.sweep import Pair, Plan, front, likeliest, losses, open_pair, sweep
 from perennial.config import checkpoint_folder
 from perennial.errors import PerennialError, unknown
 from perennial.evaluation.race import Runner, winner
@@ -140,7 +140,7 @@ def _figures(
             for number, coefficients in enumerate(candidates)
         ],
         "best": best,
-        "without_rollouts": knee(loss["target"], loss["base"]) if len(loss) == 2 else None,
+        "without_rollouts": likeliest(loss["target"], loss["base"]) if len(loss) == 2 else None,
         "command": _merge_command(options, candidates[best]),
     }
 

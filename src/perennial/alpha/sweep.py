@@ -167,18 +167,13 @@ def _loss(pair: Pair, weights: Mapping[str, Tensor], batch: Batch) -> float:
         return float(torch.cat([pair.policy.imitation_loss(part) for part in parts]).mean())
 
 
-def knee(target: Sequence[float], base: Sequence[float]) -> int:
-    """The candidate that a rule without any rollout takes: least loss on the target and on the base's own data.
+def likeliest(target: Sequence[float], base: Sequence[float]) -> int:
+    """The candidate that a rule without any rollout takes: the least sum of both losses; the first of equals.
 
-    Both losses are scaled to [0, 1] over the candidates and added; the first of equals.
+    Losses are mean negative log-likelihoods, so under this candidate both sets of demonstrations, each weighing
+    the same, are likeliest together. Not from the paper, which has no such rule.
     """
-    return int(np.argmin(_scaled(target) + _scaled(base)))
-
-
-def _scaled(values: Sequence[float]) -> np.ndarray:
-    array = np.asarray(values)
-    span = np.ptp(array)
-    return np.zeros(len(array)) if span == 0 else (array - array.min()) / span
+    return int(np.argmin(np.add(target, base)))
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
