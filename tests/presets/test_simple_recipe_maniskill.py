@@ -1,0 +1,55 @@
+"""The preset against the paper's tables (arXiv 2603.11653, section 4, Table 6, appendices D and H)."""
+
+import dataclasses
+
+from perennial import config
+
+TAUGHT = ("put carrot on plate", "put bread on plate", "put ketchup bottle on plate", "put fast-food cup on plate")
+HELD_OUT = ("put watering can on plate", "put pipe on plate", "put toy bear on plate", "put hamburger on plate")
+HORIZON = 80
+EPISODES_PER_TASK = 10_240
+BATCH = 8_192
+RECIPE = {
+    "groups": 128,
+    "group_size": 8,
+    "initial_states": 40 * 4,
+    "temperature": 1.0,
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "epochs": 1,
+}
+OPTIMIZER = {
+    "learning_rate": 2e-5,
+    "betas": (0.9, 0.999),
+    "eps": 1e-5,
+    "weight_decay": 0.01,
+    "warmup_steps": 0,
+    "decay_steps": 0,
+    "final_learning_rate": 0.0,
+    "max_grad_norm": 1.0,
+    "micro_batch": 32,
+}
+
+
+def test_the_preset_is_what_the_paper_says(toy_checkpoint):
+    from perennial.suites.maniskill import ManiSkill
+
+    preset = config.preset("simple_recipe_maniskill")
+    tasks = ManiSkill().tasks
+    assert preset.suite == "maniskill"
+    assert tuple(tasks[name].evaluation_instruction for name in preset.tasks.trained) == TAUGHT
+    assert tuple(tasks[name].evaluation_instruction for name in preset.tasks.held_out) == HELD_OUT
+    assert {tasks[name].horizon for name in preset.tasks.trained + preset.tasks.held_out} == {HORIZON}
+    (stage,) = preset.recipe
+    found = dataclasses.asdict(stage)
+    assert {key: found[key] for key in RECIPE} == RECIPE
+    assert found["optimizer"] == OPTIMIZER
+    episodes = stage.groups * stage.group_size
+    assert stage.iterations * episodes == EPISODES_PER_TASK
+    assert episodes * HORIZON == stage.minibatches * BATCH
+    assert preset.policy.name == "openvla"
+    assert (preset.policy.adapter.rank, preset.policy.adapter.alpha) == (32, 32)
+    assert (preset.evaluation.episodes, preset.evaluation.temperature) == (320, 0.6)
+    assert preset.strategies == ()
+    choice = dataclasses.replace(preset.policy, checkpoint=str(toy_checkpoint))
+    config.validate(dataclasses.replace(preset, policy=choice))
