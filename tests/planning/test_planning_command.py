@@ -49,7 +49,7 @@ def test_the_published_model_is_planned_without_its_weights_and_without_a_gpu(ca
 
 def test_work_is_the_episodes_that_are_played():
     config = replace(DEMO, recipe=(GRPO(iterations=3, groups=4, group_size=2, epochs=5),))
-    suite, steps = MetaWorld(), 12
+    suite, steps = MetaWorld(), 7
     learned = [suite.tasks[name].horizon for name in config.tasks.trained]
     found = work_of(config, steps)
     assert found.decisions == 3 * 8 * sum(-(-horizon // steps) for horizon in learned)
