@@ -195,8 +195,8 @@ def test_the_value_head_has_its_own_learning_rate_and_no_strategy_sees_it(played
 
 
 def test_an_entropy_bonus_needs_logits():
-    assert PPO().requires() == {"value"}
-    assert PPO(entropy_coefficient=0.01).requires() == {"value", "logits"}
+    assert PPO().requires() == {"log_prob", "value"}
+    assert PPO(entropy_coefficient=0.01).requires() == {"log_prob", "value", "logits"}
 
 
 @pytest.mark.parametrize("name", ["gamma", "gae_lambda"])
