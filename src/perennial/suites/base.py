@@ -5,13 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import gymnasium
 import numpy as np
 
+from perennial.errors import PerennialError, unknown
+
 Split = Literal["demonstration", "training", "evaluation"]
 """Initial states of different splits never coincide."""
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,28 @@ class Environment(gymnasium.Env[np.ndarray, np.ndarray]):
     def film(self, size: int) -> np.ndarray:
         """A picture for people, uint8 [size, size, 3], in the renderer's full quality."""
         raise NotImplementedError
+
+
+def initial_state(seed: int | None, options: Mapping[str, Any] | None) -> tuple[Split, int]:
+    """Split and index of the initial state that `reset` is asked for; without options, training state `seed`.
+
+    Raises:
+        PerennialError: unknown split.
+    """
+    wanted = {"split": "training", "index": seed or 0, **(options or {})}
+    if wanted["split"] not in SPLITS:
+        raise unknown("split", str(wanted["split"]), SPLITS)
+    return wanted["split"], int(wanted["index"])
+
+
+def require_finite(action: np.ndarray) -> None:
+    """See that `action` can be executed.
+
+    Raises:
+        PerennialError: a number of it is infinite or NaN.
+    """
+    if not np.isfinite(action).all():
+        raise PerennialError(f"The action {action} is not finite; look for NaN in the policy's weights.")
 
 
 class Expert(Protocol):

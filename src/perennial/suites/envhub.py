@@ -18,7 +18,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -27,8 +27,6 @@ from torch.nn.functional import interpolate
 
 from perennial.errors import PerennialError, unknown
 from perennial.suites import base
-
-_SPLITS = get_args(base.Split)
 
 
 @dataclass(frozen=True)
@@ -198,10 +196,8 @@ class HubEnvironment(base.Environment):
             PerennialError: unknown split.
         """
         super().reset(seed=seed)
-        wanted = {"split": "training", "index": seed or 0, **(options or {})}
-        if wanted["split"] not in _SPLITS:
-            raise unknown("split", str(wanted["split"]), _SPLITS)
-        state = len(_SPLITS) * int(wanted["index"]) + _SPLITS.index(wanted["split"])
+        split, index = base.initial_state(seed, options)
+        state = len(base.SPLITS) * index + base.SPLITS.index(split)
         self._observed, _ = self._vector.reset(seed=state)
         self._steps = 0
         return self._state(), {"is_success": False}
@@ -212,8 +208,7 @@ class HubEnvironment(base.Environment):
         Raises:
             PerennialError: the action is not finite, or the episode has ended without a word on success.
         """
-        if not np.isfinite(action).all():
-            raise PerennialError(f"The action {action} is not finite; look for NaN in the policy's weights.")
+        base.require_finite(action)
         space: Any = self.action_space
         clipped = np.clip(action, space.low, space.high).astype(self._dtype)
         self._observed, _, terminated, truncated, info = self._vector.step(clipped[None])

@@ -10,7 +10,7 @@ move the camera and change the light.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -98,10 +98,8 @@ class KitchenEnvironment(base.Environment):
             PerennialError: unknown split.
         """
         super().reset(seed=seed)
-        wanted = {"split": "training", "index": seed or 0, **(options or {})}
-        if wanted["split"] not in get_args(base.Split):
-            raise unknown("split", str(wanted["split"]), get_args(base.Split))
-        self.simulation.begin(wanted["split"], int(wanted["index"]))
+        split, index = base.initial_state(seed, options)
+        self.simulation.begin(split, index)
         self._steps = 0
         return self._state(), {"is_success": False}
 
@@ -111,8 +109,7 @@ class KitchenEnvironment(base.Environment):
         Raises:
             PerennialError: the action is not finite.
         """
-        if not np.isfinite(action).all():
-            raise PerennialError(f"The action {action} is not finite; look for NaN in the policy's weights.")
+        base.require_finite(action)
         success = self.simulation.advance(np.clip(action, -1, 1).astype(np.float64))
         self._steps += 1
         truncated = not success and self._steps >= self.task.horizon

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -140,10 +140,8 @@ class LiberoEnvironment(base.Environment):
             PerennialError: unknown split.
         """
         super().reset(seed=seed)
-        wanted = {"split": "training", "index": seed or 0, **(options or {})}
-        if wanted["split"] not in get_args(base.Split):
-            raise unknown("split", str(wanted["split"]), get_args(base.Split))
-        self.simulation.begin(wanted["split"], int(wanted["index"]))
+        split, index = base.initial_state(seed, options)
+        self.simulation.begin(split, index)
         self._steps = 0
         return self.simulation.state.astype(np.float32), {"is_success": False}
 
@@ -153,8 +151,7 @@ class LiberoEnvironment(base.Environment):
         Raises:
             PerennialError: the action is not finite.
         """
-        if not np.isfinite(action).all():
-            raise PerennialError(f"The action {action} is not finite; look for NaN in the policy's weights.")
+        base.require_finite(action)
         success = self.simulation.advance(np.clip(action, -1, 1).astype(np.float64))
         self._steps += 1
         truncated = not success and self._steps >= self.task.horizon

@@ -15,7 +15,7 @@ demonstration, training and evaluation, so no two splits share one.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -24,8 +24,6 @@ from perennial.errors import PerennialError, unknown
 from perennial.suites import _maniskill_experts, base
 from perennial.suites._maniskill_install import prepare, renderer, software_driver
 from perennial.suites._maniskill_tasks import ON_PLATE, SEQUENCES, TASKS
-
-_SPLITS = get_args(base.Split)
 
 
 class ManiSkill(base.Suite):
@@ -112,10 +110,8 @@ class ManiSkillEnvironment(base.Environment):
             PerennialError: unknown split.
         """
         super().reset(seed=seed)
-        wanted = {"split": "training", "index": seed or 0, **(options or {})}
-        if wanted["split"] not in _SPLITS:
-            raise unknown("split", str(wanted["split"]), _SPLITS)
-        self.simulation.begin(len(_SPLITS) * int(wanted["index"]) + _SPLITS.index(wanted["split"]))
+        split, index = base.initial_state(seed, options)
+        self.simulation.begin(len(base.SPLITS) * index + base.SPLITS.index(split))
         self._steps = 0
         return self.simulation.state, {"is_success": False}
 
@@ -125,8 +121,7 @@ class ManiSkillEnvironment(base.Environment):
         Raises:
             PerennialError: the action is not finite.
         """
-        if not np.isfinite(action).all():
-            raise PerennialError(f"The action {action} is not finite; look for NaN in the policy's weights.")
+        base.require_finite(action)
         success = self.simulation.advance(np.clip(action, -1, 1).astype(np.float32))
         self._steps += 1
         truncated = not success and self._steps >= self.task.horizon

@@ -12,7 +12,7 @@ is the inner part of "id", within 0.3: a laboratory in which a few demonstration
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -90,10 +90,8 @@ class MetaWorldEnvironment(base.Environment):
             PerennialError: unknown split.
         """
         super().reset(seed=seed)
-        wanted = {"split": "training", "index": seed or 0, **(options or {})}
-        if wanted["split"] not in get_args(base.Split):
-            raise unknown("split", str(wanted["split"]), get_args(base.Split))
-        self._simulation.begin(wanted["split"], int(wanted["index"]))
+        split, index = base.initial_state(seed, options)
+        self._simulation.begin(split, index)
         self._steps = 0
         return self._state(), {"is_success": False}
 
@@ -103,8 +101,7 @@ class MetaWorldEnvironment(base.Environment):
         Raises:
             PerennialError: the action is not finite.
         """
-        if not np.isfinite(action).all():
-            raise PerennialError(f"The action {action} is not finite; look for NaN in the policy's weights.")
+        base.require_finite(action)
         success = self._simulation.advance(np.clip(action, -1, 1))
         self._steps += 1
         truncated = not success and self._steps >= self.task.horizon

@@ -11,7 +11,7 @@ objects for pre-training, "target" from those that it keeps for evaluation. Robo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -60,7 +60,6 @@ ACTION = {
     "action.control_mode": 1,
 }
 """Parts of an action and their lengths, in RoboCasa's order."""
-_SPLITS = get_args(base.Split)
 
 
 def _task(name: str, told: str, horizon: int) -> base.Task:
@@ -143,10 +142,8 @@ class RoboCasaEnvironment(base.Environment):
             PerennialError: unknown split, or RoboCasa tells the robot something else than this suite does.
         """
         super().reset(seed=seed)
-        wanted = {"split": "training", "index": seed or 0, **(options or {})}
-        if wanted["split"] not in _SPLITS:
-            raise unknown("split", str(wanted["split"]), _SPLITS)
-        state = len(_SPLITS) * int(wanted["index"]) + _SPLITS.index(wanted["split"])
+        split, index = base.initial_state(seed, options)
+        state = len(base.SPLITS) * index + base.SPLITS.index(split)
         self._observed, _ = self._kitchen.reset(seed=state)
         told = self._observed["annotation.human.task_description"]
         if told != self.task.evaluation_instruction:
@@ -163,8 +160,7 @@ class RoboCasaEnvironment(base.Environment):
         Raises:
             PerennialError: the action is not finite.
         """
-        if not np.isfinite(action).all():
-            raise PerennialError(f"The action {action} is not finite; look for NaN in the policy's weights.")
+        base.require_finite(action)
         parts = np.split(np.clip(action, -1, 1).astype(np.float64), np.cumsum([*ACTION.values()])[:-1])
         self._observed, *_, info = self._kitchen.step(dict(zip(ACTION, parts, strict=True)))
         self._steps += 1
