@@ -20,7 +20,7 @@ def counted_page(found: Mapping[str, Any]) -> str:
     lines = [
         HEAD,
         "",
-        "**Nothing on this page was measured: no GPU was to be had.** These are counts, and the shortest times that",
+        "**Nothing on this page was measured on a GPU yet.** These are counts, and the shortest times that",
         "the data sheets' rates and bandwidths allow. `make bench-gpu` replaces this page by measurements.",
         "",
         f"## Acting ({found['parameters'] / 1e9:.2f} billion parameters)",

@@ -42,15 +42,21 @@ def test_every_pickle_of_a_folder_becomes_safetensors(tmp_path, capsys):
 
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
     torch.save({"a": Trap(str(tmp_path / "sprung"))}, tmp_path / "evil.pt")
-    with pytest.raises(PerennialError, match="holds more than weights or is damaged"):
+    with pytest.raises(PerennialError, match="holds more than weights or is damaged") as refused:
         convert(tmp_path / "evil.pt")
+    assert "weights_only" not in str(refused.value), "torch's advice to run the code is not passed on"
     assert [path.name for path in tmp_path.iterdir()] == ["evil.pt"]
 
 
 def test_what_holds_no_weights_is_refused(tmp_path):
     torch.save({"step": 3, "a": torch.ones(1)}, tmp_path / "state.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:100])
-    for name, message in (("state.pt", "no dictionary of named tensors"), ("cut.pt", "is damaged")):
+    (tmp_path / "nothing.pt").write_bytes(b"")
+    for name, message in (
+        ("state.pt", "no dictionary of named tensors"),
+        ("cut.pt", "is damaged"),
+        ("nothing.pt", "is damaged"),
+    ):
         with pytest.raises(PerennialError, match=message):
             convert(tmp_path / name)
     for name in ("missing.pt", "notes.txt", "empty"):

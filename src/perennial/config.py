@@ -175,6 +175,18 @@ def validate(config: Config) -> Config:
     Raises:
         PerennialError: a sentence about the first thing that cannot work.
     """
+    validate_settings(config)
+    for stage in config.recipe:
+        stage.check(config.tasks.trained)
+    return config
+
+
+def validate_settings(config: Config) -> Config:
+    """Check what does not depend on demonstrations, which need not be recorded to plan a run.
+
+    Raises:
+        PerennialError: a sentence about the first thing that cannot work.
+    """
     suite = discovery.find("suites", config.suite, Suite)()
     for task in (*config.tasks.trained, *config.tasks.held_out):
         if task not in suite.tasks:
@@ -215,8 +227,6 @@ def validate(config: Config) -> Config:
         owners = [part.name for part in config.strategies if getattr(type(part), hook) is not getattr(Strategy, hook)]
         if len(owners) > 1:
             raise PerennialError(f"The strategies {' and '.join(owners)} all {what}; keep one of them.")
-    for stage in config.recipe:
-        stage.check(config.tasks.trained)
     for tracker in config.trackers:
         discovery.load("tracking", tracker)
     _check_gate(config)

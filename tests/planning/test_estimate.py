@@ -108,6 +108,13 @@ def test_switches_are_turned_until_it_fits_and_no_further():
     assert estimate.switches(heavy, BY_NAME["RTX 4090 24 GB"].room) is None
 
 
+def test_the_switches_found_make_it_fit_however_many_it_takes():
+    heavy = replace(OFT, rank=None, dtype="float32", micro_batch=64, actors=4)
+    for lighter in [heavy, *(lighter for _, lighter in estimate.remedies(heavy))]:
+        room = estimate.memory(lighter).peak
+        assert estimate.memory(estimate.apply(heavy, estimate.switches(heavy, room))).peak <= room
+
+
 def test_checkpointing_keeps_less_and_computes_more():
     again = replace(OFT, recompute=True)
     assert estimate.memory(again).kept < 0.12 * estimate.memory(OFT).kept

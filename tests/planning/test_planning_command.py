@@ -11,6 +11,7 @@ from perennial.config import PolicyChoice, preset
 from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.grpo import GRPO
+from perennial.learning.optimizer import AdamWConfig
 from perennial.learning.sft import SFT
 from perennial.planning import estimate
 from perennial.planning.check import check_memory
@@ -18,6 +19,7 @@ from perennial.planning.reading import option, read_anatomy, use_of
 from perennial.planning.work import work_of
 from perennial.policies.lora import LoRA
 from perennial.policies.openvla_oft import OpenVLAOFT
+from perennial.rollout.workers import WorkerConfig
 from perennial.suites.metaworld import MetaWorld
 
 DEMO = preset("demo")
@@ -93,6 +95,19 @@ def test_what_does_not_fit_is_refused_with_what_would_fit():
     check_memory(lighter, room=60e9)
     with pytest.raises(PerennialError, match=r"but 20 GB are free, and no switch brings it below 4\d"):
         check_memory(config, room=20e9)
+
+
+def test_a_run_with_every_switch_turned_is_still_refused_in_a_sentence():
+    light = PolicyChoice(checkpoint="nowhere", dtype="bfloat16", checkpointing=True)
+    least = (GRPO(optimizer=AdamWConfig(micro_batch=1)),)
+    config = replace(DEMO, policy=light, recipe=least, workers=WorkerConfig(backend="inline", slots=1))
+    with pytest.raises(PerennialError, match=r"but 1 GB are free, and no switch brings it below"):
+        check_memory(config, room=1e9)
+
+
+def test_demonstrations_need_not_be_recorded_to_plan(capsys):
+    cli.main(["plan", "retain_metaworld", "--json"])
+    assert json.loads(capsys.readouterr().out)["work"]["rows"] > 0
 
 
 def test_switches_of_every_stage_are_named():

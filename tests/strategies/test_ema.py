@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from perennial.errors import PerennialError
+from perennial.policies.lora import set_trainable
 from perennial.strategies._composition import Strategies
+from perennial.strategies._weights import snapshot
 from perennial.strategies.ema import EMA
 from perennial.strategies.merge import Merge
 from strategies.worlds import TASKS, no_episodes, policy, shake
@@ -40,3 +42,17 @@ def test_merging_after_averaging_merges_the_average():
 def test_a_decay_that_keeps_nothing_new_is_refused(decay):
     with pytest.raises(PerennialError, match=rf"ema.decay is {decay}"):
         EMA(decay=decay)
+
+
+def test_weights_that_a_stage_freezes_stay_as_they_are():
+    learner, strategy = policy(), EMA(decay=0.5)
+    strategy.before_task(TASKS["left"], learner)
+    before = snapshot(learner)
+    set_trainable(learner, ("action",))
+    shake(learner, 3)
+    strategy.after_step(learner)
+    moved = set(learner.trainable())
+    assert 0 < len(moved) < len(before)
+    for name, parameter in learner.model.named_parameters():
+        expected = (before[name] + parameter.detach()) / 2 if name in moved else before[name]
+        torch.testing.assert_close(strategy.average[name], expected)

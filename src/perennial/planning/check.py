@@ -35,7 +35,7 @@ def check_memory(config: Config, room: float | None = None) -> None:
     needed = estimate.memory(use).peak
     problem = f"The run needs {needed / 1e9:.3g} GB of memory on {device}, but {max(room, 0) / 1e9:.3g} GB are free"
     if chosen is None:
-        *_, (_, least) = estimate.remedies(use)
+        least = [use, *(lighter for _, lighter in estimate.remedies(use))][-1]
         raise PerennialError(
             f"{problem}, and no switch brings it below {estimate.memory(least).peak / 1e9:.3g} GB; free some, or take "
             "one of the machines that `perennial plan` names."

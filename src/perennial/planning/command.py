@@ -53,9 +53,9 @@ def command(options: Plan, changes: dict[str, str], console: Console) -> None:
             "at most 1, a rate is not negative."
         )
     config = overrides.apply(configuration.preset(options.preset), changes)
-    # Neither the checkpoint nor the device need be here.
+    # Neither the checkpoint nor the device nor demonstrations need be here.
     stand_in = replace(config.policy, checkpoint="bundled:metaworld-small", device="cpu")
-    configuration.validate(replace(config, policy=stand_in))
+    configuration.validate_settings(replace(config, policy=stand_in))
     folder, anatomy = read_anatomy(config)
     use, work = use_of(config, anatomy), work_of(config, anatomy.steps)
     suite = discovery.find("suites", config.suite, Suite)
@@ -151,7 +151,8 @@ def _assumptions(use: Use, work: Work, share: float, steps: float) -> str:
         f"takes longer; {steps:,.0f} environment steps a second of each worker, pictures not counted; one "
         "phase after another. An upper bound: every episode lasts to its horizon and every decision has a gradient "
         f"({work.decisions:,.0f} decisions to learn from, {work.evaluated:,.0f} of evaluation, {work.rows:,.0f} rows "
-        f"of updates). Of a GPU {_gigabytes(RESERVED)} GB are left to CUDA. Simulators' memory is not counted."
+        f"of updates). Of a GPU {_gigabytes(RESERVED)} GB are left to CUDA. What strategies and a gate "
+        "add and simulators' memory are not counted."
     )
 
 

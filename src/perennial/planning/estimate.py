@@ -132,6 +132,7 @@ def switches(use: Use, room: float) -> tuple[str, ...] | None:
         return ()
     needed: dict[str, str] = {}
     for switch, lighter in remedies(use):
+        needed.pop(switch.split()[0], None)  # the last switch turned comes last
         needed[switch.split()[0]] = switch
         if memory(lighter).peak <= room:
             return tuple(needed.values())

@@ -41,8 +41,9 @@ class EMA(Strategy):
         self.average = snapshot(policy)
 
     def after_step(self, policy: Policy) -> None:
-        """Average in the new weights."""
-        self.average = ema(self.average, snapshot(policy), self.decay)
+        """Average in the new weights; those that a stage freezes stay as they are."""
+        moved = snapshot(policy)
+        self.average |= ema({name: self.average[name] for name in moved}, moved, self.decay)
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Go on from the average."""

@@ -64,8 +64,8 @@ class EWC(Strategy):
     squares: RunningSquares = field(init=False, repr=False, compare=False, default_factory=RunningSquares)
 
     def requires(self) -> frozenset[str]:
-        """Log-probabilities, for the textbook's Fisher information."""
-        return frozenset({"log_prob"} if self.variant == "textbook" else ())
+        """Log-probabilities, for the Fisher information of the textbook and of the base."""
+        return frozenset({"log_prob"} if self.variant == "textbook" or self.pretraining else ())
 
     def __post_init__(self) -> None:
         if self.coefficient < 0:

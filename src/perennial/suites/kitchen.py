@@ -29,6 +29,7 @@ class Kitchen(base.Suite):
     sequences: Mapping[str, base.Sequence] = SEQUENCES
     variants = tuple(VARIANTS)
     state_dim = 9
+    steps_per_second = 480.0
     action_dim = 9
 
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> KitchenEnvironment:

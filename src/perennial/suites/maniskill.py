@@ -33,6 +33,7 @@ class ManiSkill(base.Suite):
     tasks: Mapping[str, base.Task] = TASKS
     sequences: Mapping[str, base.Sequence] = SEQUENCES
     state_dim = 8
+    steps_per_second = 200.0
     action_dim = 7
 
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> ManiSkillEnvironment:
