@@ -24,7 +24,7 @@ from perennial.policies.lora import LoRA
 from perennial.rollout.workers import WorkerConfig
 from perennial.storage.atomic import MANIFEST, verify
 from perennial.strategies.base import Strategy
-from perennial.suites.base import Suite
+from perennial.suites.base import Suite, require_known
 
 
 @dataclass(frozen=True)
@@ -188,14 +188,10 @@ def validate_settings(config: Config) -> Config:
         PerennialError: a sentence about the first thing that cannot work.
     """
     suite = discovery.find("suites", config.suite, Suite)()
-    for task in (*config.tasks.trained, *config.tasks.held_out):
-        if task not in suite.tasks:
-            raise unknown(f"task in suite {config.suite!r}", task, suite.tasks)
+    require_known(suite, config.suite, (*config.tasks.trained, *config.tasks.held_out))
     _check_tasks(config.tasks)
-    played = (variant for strategy in config.strategies for variant in sorted(strategy.variants()))
-    for variant in (*config.evaluation.variants, *played):
-        if variant not in suite.variants:
-            raise unknown(f"variant in suite {config.suite!r}", variant, suite.variants)
+    played = [variant for strategy in config.strategies for variant in sorted(strategy.variants())]
+    require_known(suite, config.suite, variants=(*config.evaluation.variants, *played))
     listed: dict[str, tuple[str, ...]] = {
         "evaluation.decoders": config.evaluation.decoders,
         "evaluation.variants": config.evaluation.variants,

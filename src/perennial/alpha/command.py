@@ -18,7 +18,7 @@ import perennial
 from perennial import discovery
 from perennial.alpha.sweep import Pair, Plan, front, likeliest, losses, open_pair, sweep
 from perennial.config import checkpoint_folder
-from perennial.errors import PerennialError, unknown
+from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, winner
 from perennial.evaluation.statistics import wilson
 from perennial.merging.groups import GROUPS, Coefficients, grid
@@ -27,7 +27,7 @@ from perennial.reports import page, plots, words
 from perennial.reports.summary import percent
 from perennial.rollout.workers import Cast, WorkerConfig
 from perennial.storage import atomic
-from perennial.suites.base import Suite
+from perennial.suites.base import Suite, require_known
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,11 +82,7 @@ def _plan(options: Alpha) -> Plan:
     suite = discovery.find("suites", options.suite, Suite)()
     if not options.tasks:
         raise PerennialError("No task is named; give those that were fine-tuned for, as --tasks drawer-open-v3.")
-    for name in (*options.tasks, *options.generalist):
-        if name not in suite.tasks:
-            raise unknown(f"task in suite {options.suite!r}", name, suite.tasks)
-    if options.variant not in suite.variants:
-        raise unknown(f"variant in suite {options.suite!r}", options.variant, suite.variants)
+    require_known(suite, options.suite, (*options.tasks, *options.generalist), [options.variant])
     if options.episodes < 1 or options.temperature < 0:
         raise PerennialError(
             f"--episodes is {options.episodes} and --temperature {options.temperature}; at least 1 and 0 are needed."

@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from perennial import discovery
 from perennial.demonstrations.record import Settings, record_all
-from perennial.errors import PerennialError, unknown
-from perennial.suites.base import Suite
+from perennial.errors import PerennialError
+from perennial.suites.base import Suite, require_known
 
 if TYPE_CHECKING:
     from perennial.commands import Demos
@@ -29,12 +29,8 @@ def record(options: Demos, console: Console) -> None:
             raise PerennialError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}."
             )
-    if options.variant not in suite.variants:
-        raise unknown(f"variant in suite {options.suite!r}", options.variant, suite.variants)
     tasks = options.tasks or tuple(suite.tasks)
-    for task in tasks:
-        if task not in suite.tasks:
-            raise unknown(f"task in suite {options.suite!r}", task, suite.tasks)
+    require_known(suite, options.suite, tasks, [options.variant])
     workers = options.workers or len(os.sched_getaffinity(0))
     columns = ("recording", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

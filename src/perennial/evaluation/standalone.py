@@ -14,7 +14,7 @@ from rich.table import Table
 
 from perennial import discovery, overrides
 from perennial.config import Config, checkpoint_folder
-from perennial.errors import PerennialError, unknown
+from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.evaluation.statistics import wilson
 from perennial.policies._placement import load_policy
@@ -24,7 +24,7 @@ from perennial.rollout.workers import Cast, WorkerConfig, start_workers
 from perennial.session import read_learned
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies._composition import Strategies
-from perennial.suites.base import Suite
+from perennial.suites.base import Suite, require_known
 
 if TYPE_CHECKING:
     from perennial.commands import Evaluate
@@ -45,11 +45,7 @@ def evaluate(options: Evaluate, console: Console) -> None:
     actor = of_run(RunFolder.open(options.run), options.after, options.seed) if is_run else _from_checkpoint(options)
     cast = actor.cast
     suite = discovery.find("suites", cast.suite, Suite)()
-    if options.variant not in suite.variants:
-        raise unknown(f"variant in suite {cast.suite!r}", options.variant, suite.variants)
-    for name in options.tasks:
-        if name not in suite.tasks:
-            raise unknown(f"task in suite {cast.suite!r}", name, suite.tasks)
+    require_known(suite, cast.suite, options.tasks, [options.variant])
     rows: list[dict[str, float | str]] = []
     with closing(start_workers(actor.workers, cast, actor.policy.acting_weights())) as workers:
         for name in track(options.tasks or actor.tasks, "evaluating", console=console, disable=options.json):

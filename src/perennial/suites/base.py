@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
@@ -123,3 +123,17 @@ class Suite(ABC):
     def doctor(self) -> list[Any]:
         """Checks of this suite's simulator for `perennial doctor`."""
         return []
+
+
+def require_known(suite: Suite, called: str, tasks: Iterable[str] = (), variants: Iterable[str] = ()) -> None:
+    """See that `suite`, chosen as `called`, has these tasks and variants.
+
+    Raises:
+        PerennialError: it does not; the nearest names are listed.
+    """
+    for task in tasks:
+        if task not in suite.tasks:
+            raise unknown(f"task in suite {called!r}", task, suite.tasks)
+    for variant in variants:
+        if variant not in suite.variants:
+            raise unknown(f"variant in suite {called!r}", variant, suite.variants)
