@@ -9,40 +9,25 @@ It cannot be run as it stands: the suite lacks the scene of these tasks. It star
 gen-robot/openvla-7b-rlvla-warmup; name its folder by --policy.checkpoint.
 """
 
-from perennial.config import Config, Evaluation, PolicyChoice, Tasks
+from dataclasses import replace
+
 from perennial.learning.grpo import GRPO
-from perennial.learning.optimizer import AdamWConfig
-from perennial.policies.lora import LoRA
+from perennial.presets._simple_recipe import simple_recipe
 from perennial.suites.maniskill import ManiSkill
 
-SEQUENCE = ManiSkill.sequences["on_plate"]
+LIKE_LIBERO = simple_recipe(
+    "ManiSkill, put things on a plate",
+    "maniskill",
+    ManiSkill.sequences["on_plate"],
+    "openvla-7b-rlvla-warmup",
+    iterations=10,
+)
+(GRPO_LIKE_LIBERO,) = LIKE_LIBERO.recipe
+assert isinstance(GRPO_LIKE_LIBERO, GRPO)
 
-CONFIG = Config(
-    description="The simple recipe on ManiSkill, put things on a plate, with the hyper-parameters of the paper",
-    suite="maniskill",
-    tasks=Tasks(SEQUENCE.trained, SEQUENCE.held_out),
-    policy=PolicyChoice(name="openvla", checkpoint="openvla-7b-rlvla-warmup", adapter=LoRA(rank=32, alpha=32)),
-    recipe=(
-        GRPO(
-            iterations=10,
-            groups=128,
-            group_size=8,
-            initial_states=160,
-            temperature=1.0,
-            clip_low=0.20,
-            clip_high=0.28,
-            epochs=1,
-            minibatches=10,
-            optimizer=AdamWConfig(
-                learning_rate=2e-5,
-                betas=(0.9, 0.999),
-                eps=1e-5,
-                weight_decay=0.01,
-                warmup_steps=0,
-                max_grad_norm=1.0,
-                micro_batch=32,
-            ),
-        ),
-    ),
-    evaluation=Evaluation(episodes=320, temperature=0.6, film=0),
+CONFIG = replace(
+    LIKE_LIBERO,
+    policy=replace(LIKE_LIBERO.policy, name="openvla"),
+    recipe=(replace(GRPO_LIKE_LIBERO, initial_states=160, temperature=1.0, minibatches=10),),
+    evaluation=replace(LIKE_LIBERO.evaluation, temperature=0.6),
 )
