@@ -33,12 +33,13 @@ DATA, NARROW = "{folder}/demonstrations", "{folder}/narrow"
 CO = {"recipe.sft.pretraining": DATA}
 
 
-def _merged(alpha: str) -> dict[str, str]:
-    return {"strategies": "retain", "strategies.retain.alpha": alpha}
+def _merged(alpha: str, group: str = "alpha") -> dict[str, str]:
+    """Merge everything, or one group of parameters alone."""
+    return {"strategies": "retain", "strategies.retain.alpha": "1"} | {f"strategies.retain.{group}": alpha}
 
 
-RETAIN = _merged("0,0.2,0.4,0.6,0.8,1")
-RETAIN_LANGUAGE = _merged("1") | {"strategies.retain.language": "0,0.2,0.4,0.6,0.8,1"}
+SEARCHED = "0,0.2,0.4,0.6,0.8,1"
+RETAIN = _merged(SEARCHED)
 OWN, OTHER = "methods of the paper", "other anchors"
 
 
@@ -77,7 +78,9 @@ STUDY = Study(
         "retain_task_ft_0.8": _method(OWN, _merged("0.8")),
         "retain_task_ft_0.6": _method(OWN, _merged("0.6")),
         "retain_co_ft_0.8": _method(OWN, CO | _merged("0.8")),
-        "retain_language": _method(OWN, RETAIN_LANGUAGE),
+        "retain_language": _method(OWN, _merged(SEARCHED, "language")),
+        "retain_language_0.8": _method(OWN, _merged("0.8", "language")),
+        "retain_language_0.6": _method(OWN, _merged("0.6", "language")),
         "l2": _method(OTHER, {"strategies": "l2", "strategies.l2.coefficient": "0.1"}),
         "kl_anchor": _method(OTHER, {"strategies": "kl_anchor", "strategies.kl_anchor.coefficient": "0.1"}),
         "ewc": _method(
