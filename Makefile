@@ -3,7 +3,7 @@ STAMP := $(VENV)/setup-complete
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-gpu faults clean
+.PHONY: help setup demo test check bench bench-gpu evidence faults clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-9s %s\n", $$1, $$2 }'
@@ -31,6 +31,9 @@ bench: $(STAMP) ## Run the benchmarks
 
 bench-gpu: $(STAMP) ## Run the benchmarks of the 7B model on this machine's GPU
 	$(VENV)/bin/python benchmarks/gpu.py
+
+evidence: $(STAMP) ## Fill the tables and drawings of docs/evidence from the result files
+	$(VENV)/bin/python scripts/evidence.py
 
 faults: $(STAMP) ## Run the long kill-and-resume tests
 	$(VENV)/bin/python -m pytest -m faults

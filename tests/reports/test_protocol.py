@@ -74,6 +74,7 @@ def test_a_row_is_the_mean_over_tasks_of_the_mean_over_seeds(results):
     assert values(rows["plain"]["figures"]) == pytest.approx({"id": 65, "ood": 25, "generalist": 60})
     assert values(rows["merged"]["figures"]) == pytest.approx({"id": 60, "ood": 55, "generalist": 70})
     assert values(rows["base"]["figures"]) == pytest.approx({"id": 20, "ood": 0, "generalist": 70})
+    assert [rows[name]["before"]["value"] for name in rows] == pytest.approx([70, 70, 70])
     assert [rows[name]["runs"] for name in rows] == [4, 4, 2]
     assert rows["plain"]["published"] == {"ood": 71.0}
     for row in rows.values():

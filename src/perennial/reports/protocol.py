@@ -31,8 +31,8 @@ def figures(study: Study, results: Results) -> dict[str, Any] | None:
         `pooled`: the orders of tasks that a row is the mean over; `columns`: the variants in which taught tasks are
         evaluated, and "generalist" for the held-out tasks; `rows`: `method`, `section`, `runs`, `published` (column ->
         percentage points), `figures` (column -> mean over the orders and seeds, as `{value, low, high, n}` in
-        percentage points with n runs) and `versus`, the difference to the reference on common seeds. The first row,
-        "base", is what the reference started from.
+        percentage points with n runs), `before`, the figure of "generalist" before teaching, and `versus`, the
+        difference to the reference on common seeds. The first row, "base", is what the reference started from.
     """
     if not study.pooled:
         return None
@@ -47,12 +47,14 @@ def figures(study: Study, results: Results) -> dict[str, Any] | None:
     def row(method: str, section: str, own: list[dict[int, Result]], end: slice, published: Any) -> dict[str, Any]:
         of = {v: [_cut(group, v, decoder, end) for group in own] for v in variants}
         other = {v: [_cut(group, v, decoder, slice(None)) for group in reference] for v in variants}
+        before = [_cut(group, variants[0], decoder, slice(1)) for group in own]
         return {
             "method": method,
             "section": section,
             "runs": sum(map(len, own)),
             "published": dict(published),
             "figures": _columns({v: summary_of_groups([list(g.values()) for g in of[v]]) for v in variants}),
+            "before": percent(summary_of_groups([list(g.values()) for g in before])["zs"]),
             "versus": None if own is reference and end == slice(None) else _versus(of, other),
         }
 

@@ -1,0 +1,287 @@
+"""Write the tables and drawings of docs/evidence/ from the result files, so that no figure is copied by hand.
+
+A table stands between `<!-- NAME -->` and `<!-- end -->` in a page; what is written around it is left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from perennial.alpha.sweep import likeliest
+from perennial.reports import protocol, study, words
+from perennial.studies.base import find, grid
+from perennial.studies.retain import BASES
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "evidence"
+STUDIES = ROOT / "docs" / "results" / "studies"
+MARKED = re.compile(r"<!-- (?!end)([a-z0-9_ ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+INK, COLOURS = "#1b2a24", ("#0b7a55", "#b4540a", "#3b5ba5", "#8a8f8c")
+Estimate = Mapping[str, float]
+"""`{value, low, high}` in percentage points."""
+
+
+@cache
+def figures(name: str) -> dict[str, Any]:
+    """What `perennial report` says of the study's results in the documentation."""
+    return study.figures(STUDIES / name)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines).replace("| --- | ---", "|---|---")
+
+
+def split_tables(lines: Sequence[str] | str) -> list[str]:
+    """The tables of a Markdown text, in order."""
+    text = lines if isinstance(lines, str) else "\n".join(lines)
+    return [part.rstrip() + "\n" for part in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)]
+
+
+def done(name: str) -> str:
+    """How much of the study there is."""
+    missing, runs = len(figures(name)["missing"]), len(grid(find(name)))
+    return f"{runs - missing} of {runs} runs have a result.\n"
+
+
+# The strategies, with the strengths that were tried.
+
+
+def strengths(name: str) -> str:
+    """Gain and forgetting of each strength, sampled."""
+    rows = []
+    for row in figures(name)["rows"]:
+        found = row["decoders"]["sampled"]
+        rows.append([f"`{row['row']}`", *(words.estimate(found[key], False) for key in ("gain", "nbt"))])
+    return table(("method", "Gain", "NBT"), rows)
+
+
+# The search for alpha, made outside the study from the weights that its runs left.
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every alpha of one fine-tuned policy, on shifted scenes: one set to choose in, one to measure in."""
+
+    method: str
+    task: str
+    seed: int
+    chosen_in: Mapping[str, Any]
+    measured_in: Mapping[str, Any]
+
+    def alpha(self, place: int) -> str:
+        """The coefficient of a candidate."""
+        return f"{self.chosen_in['candidates'][place]['alpha']['language']:g}"
+
+
+@cache
+def sweeps() -> tuple[Sweep, ...]:
+    """All of them."""
+    found = []
+    for path in sorted((STUDIES / "retain" / "alpha").glob("*-val.json")):
+        method, task, seed = path.stem.removesuffix("-val").split("-")
+        other = path.with_name(path.name.replace("-val", "-test"))
+        content = (json.loads(path.read_bytes()), json.loads(other.read_bytes()))
+        found.append(Sweep(method, task, int(seed.removeprefix("seed")), *content))
+    return tuple(found)
+
+
+def mean_rate(rates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent rates, in percent, with an interval from Agresti and Coull's variances."""
+    value = sum(rate["value"] for rate in rates) / len(rates)
+    variance = 0.0
+    for rate in rates:
+        p = (rate["value"] / 100 * rate["n"] + 2) / (rate["n"] + 4)
+        variance += p * (1 - p) / (rate["n"] + 4) / len(rates) ** 2
+    margin = 100 * 1.96 * variance**0.5
+    return {"value": value, "low": max(0.0, value - margin), "high": min(100.0, value + margin)}
+
+
+def measured(method: str, seeds: Sequence[int], rule: Callable[[Sweep], int], what: str) -> Estimate:
+    """Success in `ood_test` ("target") or on old tasks ("generalist") with the candidates that a rule takes."""
+    mine = [sweep for sweep in sweeps() if sweep.method == method and sweep.seed in seeds]
+    return mean_rate([sweep.measured_in["candidates"][rule(sweep)][what] for sweep in mine])
+
+
+COLUMNS = [(method, what) for method in ("task_ft", "co_ft") for what in ("target", "generalist")]
+HEADER = [f"{method}: {'`ood_test`' if what == 'target' else 'old tasks'}" for method, what in COLUMNS]
+
+
+def seeds_swept() -> list[int]:
+    """Seeds with a sweep."""
+    return sorted({sweep.seed for sweep in sweeps()})
+
+
+def sweep_curve(place: int, method: str, what: str) -> Estimate:
+    """One point of the curve over alpha."""
+    return measured(method, seeds_swept(), lambda sweep: place, what)
+
+
+def sweep_table() -> str:
+    """Success over alpha."""
+    count = len(sweeps()[0].chosen_in["candidates"])
+    return table(
+        ("alpha", *HEADER),
+        [
+            [sweeps()[0].alpha(i), *(words.estimate(sweep_curve(i, *column), True) for column in COLUMNS)]
+            for i in range(count)
+        ],
+    )
+
+
+def searched(sweep: Sweep) -> int:
+    """What the strategy `retain` took in the study, looking at the new task alone."""
+    result = STUDIES / "retain" / "results" / f"retain_{sweep.method}-{sweep.task}" / f"seed{sweep.seed}.json"
+    taken = json.loads(result.read_bytes())["accounts"][0]["alpha"]["language"]
+    alphas = [candidate["alpha"]["language"] for candidate in sweep.chosen_in["candidates"]]
+    return min(range(len(alphas)), key=lambda i: abs(alphas[i] - taken))
+
+
+def without_rollouts(sweep: Sweep) -> int:
+    """The least sum of losses."""
+    candidates = sweep.chosen_in["candidates"]
+    return likeliest(*([candidate[loss] for candidate in candidates] for loss in ("target_loss", "base_loss")))
+
+
+RULES: dict[str, Callable[[Sweep], int]] = {
+    "no merging (1)": lambda sweep: 5,
+    "the paper (0.8)": lambda sweep: 4,
+    "search on `ood_val`, new task alone": searched,
+    "search on `ood_val` and old tasks": lambda sweep: int(sweep.chosen_in["best"]),
+    "least sum of losses, no rollouts": without_rollouts,
+}
+
+
+def choice_table(seeds: Sequence[int]) -> str:
+    """What each way to choose alpha takes, and what that is worth where nothing was chosen."""
+    rows = []
+    for name, rule in RULES.items():
+        taken = [
+            ", ".join(s.alpha(rule(s)) for s in sweeps() if s.method == method and s.seed in seeds)
+            for method in ("task_ft", "co_ft")
+        ]
+        rows.append([name, *taken, *(words.estimate(measured(m, seeds, rule, what), True) for m, what in COLUMNS)])
+    return table(("alpha chosen by", "task_ft: alphas", "co_ft: alphas", *HEADER), rows)
+
+
+# What else the study of RETAIN asks.
+
+
+def protocol_rows() -> dict[str, Any]:
+    """Method -> its row of the protocol."""
+    return {row["method"]: row for row in figures("retain")["protocol"]["rows"]}
+
+
+def growth_table() -> str:
+    """How far fine-tuning reaches from bases of 10, 25 and 42 tasks."""
+    rows = []
+    for tasks in BASES:
+        suffix = "" if tasks == max(BASES) else f"_{tasks}_tasks"
+        for method in ("task_ft", "retain_task_ft"):
+            found = protocol_rows()[method + suffix]
+            cells = [words.estimate(found["figures"][c], True) for c in ("narrow", "ood_test", protocol.GENERALIST)]
+            rows.append([str(tasks), method, str(found["runs"]), words.estimate(found["before"], True), *cells])
+    header = ("tasks of the base", "method", "runs", "old tasks before", "`narrow`", "`ood_test`", "old tasks after")
+    return table(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": lambda: split_tables(study.markdown(figures("demo")))[0],
+    "simple recipe done": lambda: done("simple_recipe"),
+    "simple recipe sampled": lambda: split_tables(study.markdown(figures("simple_recipe")))[0],
+    "simple recipe greedy": lambda: split_tables(study.markdown(figures("simple_recipe")))[1],
+    "strategy strengths": lambda: strengths("strategy_strength"),
+    "retain done": lambda: done("retain"),
+    "retain protocol": lambda: split_tables(protocol.markdown(figures("retain")["protocol"], "task_ft"))[0],
+    "retain minus": lambda: split_tables(protocol.markdown(figures("retain")["protocol"], "task_ft"))[1],
+    "retain sweep": sweep_table,
+    "retain choice found": lambda: choice_table([0]),
+    "retain choice fresh": lambda: choice_table([seed for seed in seeds_swept() if seed]),
+    "retain growth": growth_table,
+}
+
+
+def filled(page: str) -> str:
+    """The text of a page with its tables made anew."""
+    return MARKED.sub(lambda found: f"<!-- {found[1]} -->\n\n{TABLES[found[1]]()}\n<!-- end -->", page)
+
+
+# Drawings.
+
+
+def draw(name: str, size: tuple[float, float], x: str, y: str, paint: Callable[[Any], None]) -> None:
+    """One PNG with a white ground."""
+    figure = Figure(figsize=size, layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#c9d2cd", linewidth=0.5, alpha=0.6)
+    paint(axes)
+    axes.set_xlabel(x, color=INK)
+    axes.set_ylabel(y, color=INK)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(PAGES / f"{name}.png", metadata={"Software": None})
+
+
+def line(axes: Any, xs: Sequence[float], ys: Sequence[Estimate], label: str, index: int, dashes: str = "-") -> None:
+    """A curve with its 95 % intervals as a shade."""
+    axes.plot(xs, [y["value"] for y in ys], dashes, color=COLOURS[index], marker="o", markersize=4, label=label)
+    axes.fill_between(xs, [y["low"] for y in ys], [y["high"] for y in ys], color=COLOURS[index], alpha=0.12, lw=0)
+
+
+def alpha_curve(axes: Any) -> None:
+    """Both sides of merging."""
+    places = range(len(sweeps()[0].chosen_in["candidates"]))
+    for index, (column, label) in enumerate(zip(COLUMNS, HEADER, strict=True)):
+        xs = [float(sweeps()[0].alpha(place)) for place in places]
+        points = [sweep_curve(place, *column) for place in places]
+        line(axes, xs, points, label.replace("`", ""), index // 2, "-" if column[1] == "target" else "--")
+    axes.set_ylim(0, 100)
+
+
+def overfitting_curve(axes: Any) -> None:
+    """Longer and longer fine-tuning."""
+    lengths = {20: "task_ft_20_steps", 60: "task_ft_60_steps", 200: "task_ft", 600: "task_ft_600_steps"}
+    steps = {length: method for length, method in lengths.items() if method in protocol_rows()}
+    for index, (column, label) in enumerate(
+        {"narrow": "as taught", "ood_test": "ood_test", protocol.GENERALIST: "ten old tasks"}.items()
+    ):
+        line(axes, list(steps), [protocol_rows()[m]["figures"][column] for m in steps.values()], label, index)
+    axes.set_xscale("log")
+    axes.set_xticks(list(steps), [str(step) for step in steps])
+    axes.minorticks_off()
+    axes.set_ylim(0, 100)
+
+
+def trade_off(axes: Any) -> None:
+    """Gain across, change of what was never taught upwards; full points have three seeds."""
+    for row in figures("simple_recipe")["rows"]:
+        found = row["decoders"]["sampled"]
+        point = (found["gain"]["value"], found["zs_gain"]["value"])
+        whole = len(row["seeds"]) >= 3
+        axes.plot(*point, "o", color=COLOURS[0], markersize=5, fillstyle="full" if whole else "none")
+        axes.annotate(row["row"], point, (4, 3), textcoords="offset points", fontsize=7, color=INK)
+
+
+def main() -> None:
+    """Write everything."""
+    for page in sorted(PAGES.glob("*.md")):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+    draw("trade-off", (7.4, 4.6), "gain on what was taught, points", "gain on what was not, points", trade_off)
+    draw("alpha", (6, 3.6), "alpha: 0 is the base, 1 what was fine-tuned", "success, %", alpha_curve)
+    draw("overfitting", (6, 3.6), "gradient steps", "success, %", overfitting_curve)
+
+
+if __name__ == "__main__":
+    main()
