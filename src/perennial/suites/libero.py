@@ -75,10 +75,10 @@ class Libero(base.Suite):
         return LiberoEnvironment(self.tasks[task], variant, image_size, self.protocol)
 
     def expert(self, task: str) -> base.Expert | None:
-        """A scripted expert for the tasks of spatial and object."""
+        """A scripted expert for the tasks of spatial (but `spatial-4`) and object."""
         if task not in self.tasks:
             raise unknown("LIBERO task", task, self.tasks)
-        return _libero_expert.act if task.rpartition("-")[0] in _libero_expert.SUITES else None
+        return _libero_expert.PickAndPlace() if task in _libero_expert.TASKS else None
 
     def doctor(self) -> list[Any]:
         """One check for all suites of LIBERO; its MuJoCo versions are judged with MuJoCo."""
@@ -118,6 +118,9 @@ class LiberoEnvironment(base.Environment):
     radians, and the places of both fingers in metres. Actions are float32 [7] in [-1, 1]: displacement of the hand (1
     is 5 cm), its rotation as an axis times an angle (1 is 0.5 radians), and the gripper (-1 opens, 1 closes); values
     outside are clipped. Without options, `reset(seed=n)` goes to training state n.
+
+    Attributes:
+        steps: environment steps since the last reset.
     """
 
     def __init__(self, task: base.Task, variant: str, image_size: int, protocol: Protocol) -> None:
@@ -127,7 +130,7 @@ class LiberoEnvironment(base.Environment):
         self._image_size = image_size
         self._cameras = protocol.cameras
         self.simulation = _simulator().Simulation(task.name, variant, protocol.stored)
-        self._steps = 0
+        self.steps = 0
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -142,7 +145,7 @@ class LiberoEnvironment(base.Environment):
         super().reset(seed=seed)
         split, index = base.initial_state(seed, options)
         self.simulation.begin(split, index)
-        self._steps = 0
+        self.steps = 0
         return self.simulation.state.astype(np.float32), {"is_success": False}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -153,8 +156,8 @@ class LiberoEnvironment(base.Environment):
         """
         base.require_finite(action)
         success = self.simulation.advance(np.clip(action, -1, 1).astype(np.float64))
-        self._steps += 1
-        truncated = not success and self._steps >= self.task.horizon
+        self.steps += 1
+        truncated = not success and self.steps >= self.task.horizon
         if success or truncated:
             self.simulation.end()
         state = self.simulation.state.astype(np.float32)
