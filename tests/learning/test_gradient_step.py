@@ -10,7 +10,11 @@ from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.strategies._composition import Strategies
 from perennial.strategies.base import Strategy
-from perennial.testing.toy import ToyPolicy
+from perennial.strategies.dark_replay import DarkReplay
+from perennial.strategies.replay import Replay
+from perennial.testing.toy import ToyPolicy, ToySuite
+
+TASKS = ToySuite.tasks
 
 
 class Anchor(Strategy):
@@ -22,17 +26,18 @@ class Anchor(Strategy):
 
 
 class Rehearsal(Strategy):
-    """Replays the first rows of a batch and notes how many it was asked for."""
+    """Replays the first rows of a batch and notes how many it was asked for, and how many at a time."""
 
     def __init__(self, memory):
-        self.memory, self.asked = memory, []
+        self.memory, self.asked, self.passes = memory, [], []
 
     def replay(self, rng, size):
         self.asked.append(size)
         return self.memory.take(np.arange(5))
 
-    def replay_loss(self, policy, batch):
-        return 0.7 * policy.imitation_loss(batch).mean()
+    def replay_loss(self, policy, part, whole):
+        self.passes.append(len(part))
+        return 0.7 * policy.imitation_loss(part).sum() / len(whole)
 
 
 def step(policy, batch, loss, members=(), micro_batch=10_000, **settings):
@@ -61,6 +66,25 @@ def test_micro_batches_add_up_to_the_whole(precise, weighted, micro_batch):
     np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-14)
     assert split == pytest.approx(whole, rel=1e-9)
     assert members[1].asked == [len(weighted)] * 2
+
+
+def test_what_is_replayed_is_passed_in_micro_batches_too(precise, weighted):
+    rehearsal = Rehearsal(weighted)
+    step(precise, weighted, GRPO().loss, (rehearsal,), micro_batch=2)
+    assert rehearsal.passes == [2, 2, 1]
+
+
+@pytest.mark.parametrize("kept", [Replay(coefficient=0.3), DarkReplay(coefficient=0.3, label_coefficient=0.7)])
+def test_replay_in_micro_batches_adds_up_to_the_whole(precise, weighted, played, kept):
+    kept = replace(kept, capacity=11)
+    kept.after_task(TASKS["left"], precise, lambda count: [t for t in played if t.success])
+    with torch.no_grad():
+        precise.model.head.weight.mul_(1.3)
+    assert len(set(kept.memories["left"].mask.sum(1))) == 2, "rows of equal weight would show nothing"
+    whole, expected = step(precise, weighted, GRPO().loss, (kept,))
+    split, gradient = step(precise, weighted, GRPO().loss, (kept,), micro_batch=3)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-9)
+    assert split == pytest.approx(whole, rel=1e-6)
 
 
 def test_loss_penalty_and_replay_add_up(precise, weighted):

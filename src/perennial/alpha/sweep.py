@@ -162,9 +162,8 @@ def losses(pair: Pair, candidates: Sequence[Coefficients], folder: Path, tasks: 
 
 @torch.no_grad()
 def _loss(pair: Pair, weights: Mapping[str, Tensor], batch: Batch) -> float:
-    parts = [batch.take(np.arange(start, min(start + ROWS, len(batch)))) for start in range(0, len(batch), ROWS)]
     with looking_through(pair.policy, weights):
-        return float(torch.cat([pair.policy.imitation_loss(part) for part in parts]).mean())
+        return float(torch.cat([pair.policy.imitation_loss(part) for part in batch.parts(ROWS)]).mean())
 
 
 def likeliest(target: Sequence[float], base: Sequence[float]) -> int:

@@ -92,7 +92,7 @@ def gradient_step(
     config: AdamWConfig,
     rng: np.random.Generator,
 ) -> Metrics:
-    """One optimiser step on `batch`, in micro-batches whose gradients add up to that of the whole.
+    """One optimiser step on `batch` and what is replayed, in micro-batches whose gradients add up to that of the whole.
 
     Returns:
         `loss`, `penalty`, `grad_norm` before clipping, and the sums of the figures that `loss` gave.
@@ -102,8 +102,7 @@ def gradient_step(
     """
     optimizer.zero_grad(set_to_none=True)
     metrics: Metrics = {"loss": 0.0, "penalty": 0.0}
-    for start in range(0, len(batch), config.micro_batch):
-        part = batch.take(np.arange(start, min(start + config.micro_batch, len(batch))))
+    for part in batch.parts(config.micro_batch):
         total, figures = loss(policy, part)
         metrics["loss"] += float(total.detach())
         penalty = strategies.penalty(policy, part)
@@ -114,10 +113,9 @@ def gradient_step(
         total.backward()  # type: ignore[no-untyped-call]
         for name, value in figures.items():
             metrics[name] = metrics.get(name, 0.0) + value
-    replay_loss = strategies.replay_loss(policy, rng, len(batch))
-    if replay_loss is not None:
-        metrics["penalty"] += float(replay_loss.detach())
-        replay_loss.backward()  # type: ignore[no-untyped-call]
+    for replayed in strategies.replay_losses(policy, rng, len(batch), config.micro_batch):
+        metrics["penalty"] += float(replayed.detach())
+        replayed.backward()  # type: ignore[no-untyped-call]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     if not all(map(math.isfinite, metrics.values())):

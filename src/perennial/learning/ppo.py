@@ -155,6 +155,5 @@ class PPO(Objective):
 @torch.no_grad()
 def _values(policy: Policy, batch: Batch, rows: int) -> np.ndarray:
     """Values of all decisions, float64 [N], `rows` at a time."""
-    parts = [batch.take(np.arange(start, min(start + rows, len(batch)))) for start in range(0, len(batch), rows)]
-    values: np.ndarray = torch.cat([policy.value(part) for part in parts]).cpu().numpy().astype(np.float64)
+    values: np.ndarray = torch.cat([policy.value(part) for part in batch.parts(rows)]).cpu().numpy().astype(np.float64)
     return values

@@ -222,5 +222,4 @@ def _divergences(chosen: Scope, base: Policy, actor: Actor, batches: Mapping[str
 @torch.no_grad()
 def _logits(policy: Policy, batch: Batch) -> Tensor:
     """`policy.logits`, a few rows at a time."""
-    parts = [batch.take(np.arange(start, min(start + ROWS, len(batch)))) for start in range(0, len(batch), ROWS)]
-    return torch.cat([policy.logits(part) for part in parts])
+    return torch.cat([policy.logits(part) for part in batch.parts(ROWS)])

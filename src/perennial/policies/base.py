@@ -6,7 +6,7 @@ Shapes: N rows, V camera views, S state numbers, K tokens per chunk, C environme
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Self
@@ -93,6 +93,11 @@ class Batch:
         }
         return replace(self, observation=self.observation.take(rows), **arrays)
 
+    def parts(self, size: int) -> Iterator[Batch]:
+        """All rows in order, at most `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.take(np.arange(start, min(start + size, len(self))))
+
 
 def concatenate(batches: Sequence[Batch]) -> Batch:
     """All rows in order; of the optional fields only the logits are kept, if all have them."""
@@ -153,7 +158,10 @@ class Policy(ABC):
         """The sample that stands for `actions` [N, C, D]: the inverse of acting, up to discretisation."""
 
     def logits(self, batch: Batch) -> Tensor:
-        """Raw logits at temperature 1, float32 [N, K, bins], for policies that choose among bins."""
+        """Raw logits at temperature 1, float32 [N, K, bins], for policies that choose among bins.
+
+        `batch.sample` [N, K] holds the bins chosen, and `log_prob` and `imitation_loss` are those of a softmax.
+        """
         raise NotImplementedError(f"{self.name} has no logits")
 
     def add_value_head(self, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,15 @@ class Strategies:
         penalties = [p for m in self.members if (p := m.penalty(policy, batch)) is not None]
         return sum(penalties[1:], penalties[0]) if penalties else None
 
-    def replay_loss(self, policy: Policy, rng: np.random.Generator, size: int) -> Tensor | None:
-        """The sum of the members' losses on what each replays beside an update on `size` rows."""
-        losses = [m.replay_loss(policy, b) for m in self.members if (b := m.replay(rng, size)) is not None and len(b)]
-        return sum(losses[1:], losses[0]) if losses else None
+    def replay_losses(self, policy: Policy, rng: np.random.Generator, size: int, micro_batch: int) -> Iterator[Tensor]:
+        """The losses of what the members replay beside an update on `size` rows, to be added up.
+
+        Each is that of at most `micro_batch` rows; back-propagate it before asking for the next one, to save memory.
+        """
+        for member in self.members:
+            whole = member.replay(rng, size)
+            if whole is not None:
+                yield from (member.replay_loss(policy, part, whole) for part in whole.parts(micro_batch))
 
     def after_step(self, policy: Policy) -> None:
         """See `Strategy.after_step`."""

@@ -64,9 +64,12 @@ class Strategy:
         """At most `size` rows of earlier tasks, to be mixed into an update on that many rows."""
         return None
 
-    def replay_loss(self, policy: Policy, batch: Batch) -> Tensor:
-        """The scalar loss of a replayed batch, coefficient included."""
-        return policy.imitation_loss(batch).mean()
+    def replay_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor:
+        """What `part` of the rows adds to the scalar loss of `whole`, the batch that `replay` gave.
+
+        The parts of any partition add up to the loss, coefficient included: averages are over `whole`.
+        """
+        return policy.imitation_loss(part).sum() / len(whole)
 
     def after_step(self, policy: Policy) -> None:
         """Called after every optimiser step."""

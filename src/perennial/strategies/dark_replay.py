@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,24 +55,27 @@ class DarkReplay(Replay):
 
     def label(self, policy: Policy, batch: Batch) -> Batch:
         """`batch` with the teacher's logits."""
-        parts = [batch.take(np.arange(at, min(at + ROWS, len(batch)))) for at in range(0, len(batch), ROWS)]
         with torch.no_grad(), looking_through(policy, self.base):
-            logits = torch.cat([policy.logits(part).float().cpu() for part in parts])
+            logits = torch.cat([policy.logits(part).float().cpu() for part in batch.parts(ROWS)])
         return replace(batch, logits=logits.numpy())
 
     def coefficients(self) -> float:
         """Sum of the weights of what is replayed."""
         return self.coefficient + self.label_coefficient
 
-    def replay_loss(self, policy: Policy, batch: Batch) -> Tensor:
+    def replay_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor:
         """The weighted squared error of the logits and, for DER++, the weighted imitation loss."""
-        logits = policy.logits(batch)
-        kept = torch.from_numpy(batch.logits).to(logits.device)
-        mask = torch.from_numpy(batch.mask).to(logits.device)
+        logits = policy.logits(part)
+        kept = torch.from_numpy(part.logits).to(logits.device)
+        mask = torch.from_numpy(part.mask).to(logits.device)
         errors = ((logits - kept) ** 2).mean(-1)
-        loss = self.coefficient * (errors * mask).sum() / mask.sum().clamp(min=1)
+        loss = self.coefficient * (errors * mask).sum() / max(1, int(whole.mask.sum()))
         if self.label_coefficient:
-            loss = loss + self.label_coefficient * policy.imitation_loss(batch).mean()
+            # The imitation loss, from the same forward pass.
+            sample = torch.from_numpy(part.sample).to(logits.device)
+            log_prob = logits.log_softmax(-1).gather(-1, sample[..., None]).squeeze(-1)
+            imitation = -(log_prob * mask).sum(1) / mask.sum(1).clamp(min=1)
+            loss = loss + self.label_coefficient * imitation.sum() / len(whole)
         return loss
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -63,9 +63,9 @@ class Replay(Strategy):
         """Sum of the weights of what is replayed; with 0 nothing is drawn."""
         return self.coefficient
 
-    def replay_loss(self, policy: Policy, batch: Batch) -> Tensor:
+    def replay_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor:
         """The imitation loss, weighted."""
-        return self.coefficient * policy.imitation_loss(batch).mean()
+        return self.coefficient * policy.imitation_loss(part).sum() / len(whole)
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Keep decisions of fresh successful episodes."""

@@ -61,6 +61,22 @@ def log_prob_is_that_of_acting(subject: Subject) -> None:
         np.testing.assert_allclose(_log_prob(policy, batch), batch.log_prob, atol=TOLERANCE)
 
 
+def logits_give_log_prob_and_imitation_loss(subject: Subject) -> None:
+    """Where there are logits, both are those of their softmax, over executed tokens, at its temperature and at 1."""
+    policy = subject.make()
+    if type(policy).logits is Policy.logits:
+        return
+    batch = _acted(policy, subject.observation, 1.6)
+    mask = batch.mask & (np.arange(len(policy.token_steps)) <= np.arange(len(batch))[:, None])
+    with torch.no_grad():
+        logits, losses = policy.logits(batch), policy.imitation_loss(replace(batch, mask=mask))
+    chosen, executed = torch.from_numpy(batch.sample)[..., None], torch.from_numpy(mask)
+    log_prob = (logits / 1.6).log_softmax(-1).gather(-1, chosen).squeeze(-1)
+    np.testing.assert_allclose(_log_prob(policy, batch), log_prob, atol=TOLERANCE)
+    surprise = -logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
+    np.testing.assert_allclose(losses, (surprise * executed).sum(1) / executed.sum(1), atol=TOLERANCE)
+
+
 def batch_neighbours_do_not_matter(subject: Subject) -> None:
     """A row gets the same choice and log-probability alone, among longer prompts and in another order."""
     policy = subject.make()
@@ -295,6 +311,7 @@ def reinforcement_learns(subject: Subject) -> None:
 
 CHECKS: tuple[Callable[[Subject], None], ...] = (
     log_prob_is_that_of_acting,
+    logits_give_log_prob_and_imitation_loss,
     batch_neighbours_do_not_matter,
     only_the_given_streams_decide,
     greedy_draws_nothing_and_is_the_most_probable,

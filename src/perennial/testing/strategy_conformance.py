@@ -77,9 +77,8 @@ class Run:
         optimizer = torch.optim.SGD([{"params": group["params"], "lr": 0.3 * group["scale"]} for group in groups])
         batch = self.demonstrations(task, number) if self.learning == "imitation" else self.rollouts(task, number)
         rng = stream(1, "update", task.name, number)
-        replay = self.strategies.replay_loss(self.policy, rng, len(batch))
-        if replay is not None:
-            replay.backward()  # type: ignore[no-untyped-call]
+        for replayed in self.strategies.replay_losses(self.policy, rng, len(batch), micro_batch=8):
+            replayed.backward()  # type: ignore[no-untyped-call]
         for rows in np.array_split(rng.permutation(len(batch)), 2):
             part = batch.take(rows)
             loss = self.loss(part, len(batch))
@@ -267,6 +266,22 @@ def check_parameter_groups(make: Make) -> None:
             assert sorted(grouped) == sorted(run.policy.trainable()), "the groups are not a partition"
 
 
+def check_replayed_parts(make: Make) -> None:
+    """The losses of the parts of what it replays add up to that of all of it, however it is cut."""
+    for run in _runs(make):
+        for task in TASKS[:2]:
+            run.teach(task)
+        for strategy in run.strategies.members:
+            whole = strategy.replay(stream(1, "replay"), 16)
+            if whole is None:
+                continue
+            with torch.no_grad():
+                expected = float(strategy.replay_loss(run.policy, whole, whole))
+                for size in (1, 5):
+                    parts = [float(strategy.replay_loss(run.policy, part, whole)) for part in whole.parts(size)]
+                    assert abs(sum(parts) - expected) <= 1e-4 * abs(expected), "the parts do not add up to the whole"
+
+
 class _PullToZero(Strategy):
     """A stateless companion: weight decay as a penalty."""
 
@@ -290,4 +305,5 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
     check_bounds,
     check_acting_weights,
     check_parameter_groups,
+    check_replayed_parts,
 )
