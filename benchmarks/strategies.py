@@ -1,15 +1,18 @@
-"""What guarding old skills costs in an update, beyond the samples that a strategy replays."""
+"""What guarding old skills costs in a gradient step, beyond the samples that a strategy replays."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from contextlib import closing
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from perennial import discovery
 from perennial.config import Config, checkpoint_folder
+from perennial.learning.base import gradient_step
 from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import build_optimizer
 from perennial.learning.stage import learner_threads
@@ -24,16 +27,15 @@ from perennial.strategies.ewc import EWC
 from perennial.strategies.replay import Replay
 from perennial.suites.base import Suite
 
-DECISIONS = 512
-"""Kept for replay: more than one step asks for."""
-
 Result = dict[str, float | str]
 
 
 def measure(config: Config, repeats: int) -> Result:
-    """Share of an update's time that each strategy adds, where replayed samples count like others; 0.1 is 10 %.
+    """Share of a step's processor time that each strategy adds; 0.1 is 10 %.
 
-    Plain and guarded updates take turns on the same trajectories; each figure is the median of the paired ratios.
+    A step that replays is compared with a plain one on as many rows in the same micro-batches, so that a replayed row
+    may cost what a row of the update costs, and the optimiser's own work counts once. Steps to be compared follow each
+    other, and each figure is the median of their paired ratios. The learning rate is 0: every step does the same work.
     """
     suite = discovery.find("suites", config.suite, Suite)()
     checkpoint = checkpoint_folder(config.policy.checkpoint)
@@ -58,20 +60,24 @@ def measure(config: Config, repeats: int) -> Result:
         strategy.after_task(first, policy, lambda count: kept[:count])
         strategy.before_task(second, policy)
 
-    def seconds(strategies: Strategies, repeat: int) -> float:
-        optimizer = build_optimizer(policy, strategies, grpo.optimizer)
-        begun = time.perf_counter()
-        grpo.update(policy, (second,), played[second.name], strategies, optimizer, stream(0, "bench", repeat))
-        return time.perf_counter() - begun
+    batch, _ = weighted_batch(policy, played[second.name])
+    size = len(batch) // grpo.minibatches
+    settings = replace(grpo.optimizer, learning_rate=0.0, micro_batch=size)
+    optimizer = build_optimizer(policy, Strategies(), settings)
 
-    rows = len(weighted_batch(policy, played[second.name])[0]) // grpo.minibatches
+    def seconds(rows: np.ndarray, *strategies: Strategy) -> float:
+        part, rng = batch.take(rows), stream(0, "bench", "replay")
+        begun = time.process_time()
+        gradient_step(policy, part, grpo.loss, Strategies(strategies), optimizer, settings, rng)
+        return time.process_time() - begun
+
     ratios: dict[str, list[float]] = {name: [] for name in guarded}
-    for repeat in range(repeats + 1):
-        plain = seconds(Strategies(), repeat)
+    for step in range(grpo.minibatches * repeats + 1):
+        order = stream(0, "bench", "rows", step).permutation(len(batch))
         for name, strategy in guarded.items():
-            replayed = strategy.replay(stream(0, "bench"), rows)
-            samples = 1 + (0 if replayed is None else len(replayed)) / rows
-            ratio = seconds(Strategies((strategy,)), repeat) / (plain * samples)
-            if repeat:  # the first round only warms up
+            replayed = strategy.replay(stream(0, "bench", "replay"), size)
+            plain = seconds(order[: size + (0 if replayed is None else len(replayed))])
+            ratio = seconds(order[:size], strategy) / plain
+            if step:  # the first round only warms up
                 ratios[name].append(ratio)
     return {f"{name}_overhead": statistics.median(values) - 1 for name, values in ratios.items()}
