@@ -67,7 +67,18 @@ def test_a_sound_configuration_comes_back_as_it_is(config):
         ({"gate.beta": "0"}, r"--gate\.beta is 0\.0, but it must be above 0"),
         ({"gate.pairs": "0"}, r"--gate\.pairs is 0, but it must be above 0"),
         ({"gate.held_out": "-1"}, r"--gate\.held_out is -1, but it must be 0 or more"),
-        ({"gate.max_forgetting": "3", "strategies": "expansion"}, r"'expansion' gives tasks weights of their own"),
+        (
+            {"gate.max_forgetting": "3", "strategies": "expansion"},
+            r"'expansion' makes, as it gives tasks weights of",
+        ),
+        (
+            {"gate.max_forgetting": "3", "strategies": "retain", "strategies.retain.chain": "parallel"},
+            r"'retain' makes, as in a parallel chain it merges all .* again .*; leave out --gate\.max_forgetting or 'r",
+        ),
+        (
+            {"strategies": "ewc", "strategies.ewc.pretraining": "nowhere"},
+            r"no demonstration in 'nowhere'.*ewc\.pre",
+        ),
         ({"gate.max_forgetting": "3", "schedule": "joint", "gate.held_out": "0"}, r"gate has nothing to guard"),
         ({"workers.count": "-1"}, r"--workers\.count is -1, but it must be 0 or more"),
         ({"workers.timeout": "0"}, r"--workers\.timeout is 0\.0, but it must be above 0"),
@@ -90,6 +101,7 @@ def test_one_number_switches_the_gate_on(config):
     assert (gated.gate.max_forgetting, gated.gate.scales) == (3.0, ())
     assert overrides.from_json(Config, module.to_json(gated)) == gated
     assert validate(overrides.apply(gated, {"schedule": "joint"})).gate.held_out == 2  # which guards one that there is
+    assert validate(overrides.apply(gated, {"strategies": "retain"})).strategies[0].chain == "running"
 
 
 def test_a_strategy_that_the_policy_cannot_serve_is_refused(config, monkeypatch):

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from perennial import discovery
 from perennial.errors import PerennialError, unknown
+from perennial.evaluation.evaluate import includes_held_out
 from perennial.evaluation.gate import Gate
 from perennial.learning.base import Objective
 from perennial.learning.grpo import GRPO
@@ -33,6 +34,17 @@ class Tasks:
 
     trained: tuple[str, ...]
     held_out: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """At least one task to train, and none twice."""
+        names = (*self.trained, *self.held_out)
+        if not self.trained:
+            raise PerennialError("There is no task to train; set --tasks.trained to one or more task names.")
+        for name in names:
+            if names.count(name) > 1:
+                raise PerennialError(
+                    f"The task {name!r} is listed twice among trained and held-out tasks; keep it once."
+                )
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,17 @@ class PolicyChoice:
     dtype: DType | None = None
     checkpointing: bool = False
 
+    def find(self) -> type[Policy]:
+        """The policy's class, after a look at what is asked of it and at its checkpoint."""
+        policy = discovery.find("policies", self.name, Policy)
+        check_placement(self.device, self.dtype)
+        if self.checkpointing and policy.blocks is Policy.blocks:
+            raise PerennialError(
+                f"The policy {self.name!r} cannot recompute activations; set --policy.checkpointing false."
+            )
+        checkpoint_folder(self.checkpoint)
+        return policy
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -77,6 +100,11 @@ class Evaluation:
     variants: tuple[str, ...] = ("id",)
     held_out: Literal["all", "first"] = "all"
     film: int = 240
+
+    def check(self) -> None:
+        """At least one decoder and one variant, and none twice."""
+        _check_names("evaluation.decoders", self.decoders)
+        _check_names("evaluation.variants", self.variants)
 
 
 @dataclass(frozen=True)
@@ -110,8 +138,8 @@ class Config:
 
     def tasks_in(self, variant: str) -> tuple[str, ...]:
         """The tasks that are evaluated in this variant."""
-        everywhere = self.evaluation.held_out == "all" or variant == self.evaluation.variants[0]
-        return self.tasks.trained + (self.tasks.held_out if everywhere else ())
+        included = includes_held_out(variant, self.evaluation.variants, self.evaluation.held_out)
+        return self.tasks.trained + (self.tasks.held_out if included else ())
 
     @property
     def phases(self) -> tuple[tuple[str, ...], ...]:
@@ -178,6 +206,8 @@ def validate(config: Config) -> Config:
     validate_settings(config)
     for stage in config.recipe:
         stage.check(config.tasks.trained)
+    for strategy in config.strategies:
+        strategy.check()
     return config
 
 
@@ -188,41 +218,14 @@ def validate_settings(config: Config) -> Config:
         PerennialError: a sentence about the first thing that cannot work.
     """
     suite = discovery.find("suites", config.suite, Suite)()
-    require_known(suite, config.suite, (*config.tasks.trained, *config.tasks.held_out))
-    _check_tasks(config.tasks)
     played = [variant for strategy in config.strategies for variant in sorted(strategy.variants())]
+    require_known(suite, config.suite, (*config.tasks.trained, *config.tasks.held_out))
     require_known(suite, config.suite, variants=(*config.evaluation.variants, *played))
-    listed: dict[str, tuple[str, ...]] = {
-        "evaluation.decoders": config.evaluation.decoders,
-        "evaluation.variants": config.evaluation.variants,
-        **{f"recipe.{stage.name}.learns": stage.learns for stage in config.recipe},
-    }
-    for name, chosen in listed.items():
-        if not chosen or len(set(chosen)) < len(chosen):
-            raise PerennialError(f"--{name} is {','.join(chosen)!r}, but it needs names, each of them once.")
-    policy = discovery.find("policies", config.policy.name, Policy)
-    check_placement(config.policy.device, config.policy.dtype)
-    if config.policy.checkpointing and policy.blocks is Policy.blocks:
-        raise PerennialError(
-            f"The policy {config.policy.name!r} cannot recompute activations; set --policy.checkpointing false."
-        )
-    checkpoint_folder(config.policy.checkpoint)
-    if not config.recipe:
-        raise PerennialError("The recipe has no stage; choose at least one, for example --recipe grpo.")
-    parts: tuple[Objective | Strategy, ...] = (*config.recipe, *config.strategies)
-    for part in parts:
-        for method in sorted(part.requires()):
-            if method in policy.missing or getattr(policy, method) is getattr(Policy, method):
-                kind = "recipe" if isinstance(part, Objective) else "strategy"
-                why = f", as {policy.missing[method]}" if method in policy.missing else ""
-                raise PerennialError(
-                    f"{part.name!r} needs `{method}`, which the policy {config.policy.name!r} does not have{why}; "
-                    f"choose another {kind} or policy."
-                )
-    for hook, what in (("parameter_groups", "set learning rates"), ("policy_for", "choose the weights that act")):
-        owners = [part.name for part in config.strategies if getattr(type(part), hook) is not getattr(Strategy, hook)]
-        if len(owners) > 1:
-            raise PerennialError(f"The strategies {' and '.join(owners)} all {what}; keep one of them.")
+    config.tasks.check()
+    config.evaluation.check()
+    policy = config.policy.find()
+    _check_recipe(config, policy)
+    _check_strategies(config, policy)
     for tracker in config.trackers:
         discovery.load("tracking", tracker)
     _check_gate(config)
@@ -232,32 +235,59 @@ def validate_settings(config: Config) -> Config:
     return config
 
 
+def _check_names(option: str, chosen: tuple[str, ...]) -> None:
+    """At least one name, and none twice."""
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise PerennialError(f"--{option} is {','.join(chosen)!r}, but it needs names, each of them once.")
+
+
+def _check_recipe(config: Config, policy: type[Policy]) -> None:
+    """There is a stage, and the policy can do what each of them asks for."""
+    if not config.recipe:
+        raise PerennialError("The recipe has no stage; choose at least one, for example --recipe grpo.")
+    for stage in config.recipe:
+        _check_names(f"recipe.{stage.name}.learns", stage.learns)
+        _check_methods(stage, config.policy.name, policy)
+
+
+def _check_strategies(config: Config, policy: type[Policy]) -> None:
+    """The policy can do what each strategy asks for, and what has one owner has no more."""
+    for strategy in config.strategies:
+        _check_methods(strategy, config.policy.name, policy)
+    for hook, what in (("parameter_groups", "set learning rates"), ("policy_for", "choose the weights that act")):
+        owners = [part.name for part in config.strategies if getattr(type(part), hook) is not getattr(Strategy, hook)]
+        if len(owners) > 1:
+            raise PerennialError(f"The strategies {' and '.join(owners)} all {what}; keep one of them.")
+
+
+def _check_methods(part: Objective | Strategy, name: str, policy: type[Policy]) -> None:
+    """The policy chosen by `name` has every optional method that `part` calls."""
+    for method in sorted(part.requires()):
+        if method in policy.missing or getattr(policy, method) is getattr(Policy, method):
+            kind = "recipe" if isinstance(part, Objective) else "strategy"
+            why = f", as {policy.missing[method]}" if method in policy.missing else ""
+            raise PerennialError(
+                f"{part.name!r} needs `{method}`, which the policy {name!r} does not have{why}; "
+                f"choose another {kind} or policy."
+            )
+
+
 def _check_gate(config: Config) -> None:
     """There is something to guard, and one policy to judge."""
     config.gate.check()
     if config.gate.max_forgetting is None:
         return
-    for part in config.strategies:
-        if type(part).policy_for is not Strategy.policy_for:
+    for strategy in config.strategies:
+        if (why := strategy.ungated()) is not None:
             raise PerennialError(
-                f"{part.name!r} gives tasks weights of their own, of which a gate cannot scale the update; leave out "
-                f"--gate.max_forgetting or {part.name!r}."
+                f"A gate cannot guard what {strategy.name!r} makes, as {why}; leave out --gate.max_forgetting or "
+                f"{strategy.name!r}."
             )
     if len(config.phases) == 1 and not config.tasks.held_out[: config.gate.held_out]:
         raise PerennialError(
             "The gate has nothing to guard, as no task is taught before another; guard held-out tasks by "
             "--tasks.held_out and --gate.held_out."
         )
-
-
-def _check_tasks(tasks: Tasks) -> None:
-    """At least one task to train, and none twice."""
-    names = (*tasks.trained, *tasks.held_out)
-    if not tasks.trained:
-        raise PerennialError("There is no task to train; set --tasks.trained to one or more task names.")
-    for name in names:
-        if names.count(name) > 1:
-            raise PerennialError(f"The task {name!r} is listed twice among trained and held-out tasks; keep it once.")
 
 
 NON_NEGATIVE = {
@@ -298,8 +328,6 @@ def _check_ranges(value: Any, path: str = "") -> None:
         elif isinstance(child, int | float) and (child < 0 or (child == 0 and f.name not in NON_NEGATIVE)):
             least = "0 or more" if f.name in NON_NEGATIVE else "above 0"
             raise PerennialError(f"--{name} is {child}, but it must be {least}.")
-    if isinstance(value, GRPO) and value.group_size < 2:
-        raise PerennialError(f"--{path}group_size is {value.group_size}, but a group needs at least 2 rollouts.")
 
 
 def to_json(value: Any) -> Any:

@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from perennial.demonstrations.dataset import load, to_batch
@@ -11,7 +12,8 @@ from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Observation
 from perennial.randomness import stream
 from perennial.rollout.trajectory import Episode, Trajectory
-from perennial.strategies.ewc import EWC, fisher_diagonal
+from perennial.strategies import ewc as module
+from perennial.strategies.ewc import EWC, drawn, fisher_diagonal
 from perennial.testing.toy import ToyPolicy
 from strategies.worlds import TASKS, batch, policy, shake
 
@@ -155,6 +157,31 @@ def test_what_the_base_can_do_counts_as_a_task_where_its_data_is_there(tmp_path)
     shake(learner, 5)
     moved = sum((expected[n] * (p.detach() - before[n]) ** 2).sum() for n, p in learner.trainable().items())
     assert strategy.penalty(learner, batch(4)).item() == pytest.approx(1.5 * float(moved), rel=1e-5)
+
+
+def test_the_base_draws_a_few_rows_at_a_time_and_the_same_actions(monkeypatch):
+    learner, rows, seen = policy(), batch(13), []
+
+    def act(observation, *rest):
+        seen.append(len(observation))
+        return ToyPolicy.act(learner, observation, *rest)
+
+    at_once = drawn(learner, rows)
+    monkeypatch.setattr(module, "ROWS", 5)
+    monkeypatch.setattr(learner, "act", act)
+    np.testing.assert_array_equal(drawn(learner, rows).sample, at_once.sample)
+    assert seen == [5, 5, 3]
+    assert len(np.unique(at_once.sample, axis=0)) > 8
+
+
+def test_the_folder_of_the_base_is_looked_into_before_a_run(tmp_path):
+    with pytest.raises(PerennialError, match=r"no demonstration in .*set --strategies\.ewc\.pretraining"):
+        EWC(pretraining=str(tmp_path)).check()
+    (tmp_path / "adapter").mkdir()
+    save_file({"weight": torch.zeros(1)}, tmp_path / "adapter" / "model.safetensors")
+    with pytest.raises(PerennialError, match=r"model\.safetensors cannot be read"):
+        EWC(pretraining=str(tmp_path)).check()
+    EWC().check()
 
 
 def test_the_first_task_is_free():

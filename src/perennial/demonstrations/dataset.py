@@ -70,6 +70,28 @@ def load(folder: Path, tasks: Iterable[str] | None = None) -> list[Demonstration
     return demonstrations
 
 
+def require_recorded(folder: str, option: str, task: str = "") -> None:
+    """See that there is a demonstration, of `task` or of any, and that the first one can be read.
+
+    Args:
+        folder: of demonstrations.
+        option: by which the folder was chosen.
+        task: its name; "" is any.
+
+    Raises:
+        PerennialError: there is none, or it cannot be read.
+    """
+    found = Path(folder, task).glob("*.safetensors" if task else "*/*.safetensors")
+    first = min(found, default=None)
+    if first is None:
+        of, only = (f" of {task}", f" --tasks {task}") if task else ("", "")
+        raise PerennialError(
+            f"There is no demonstration{of} in {folder!r}; record some by `perennial demos {folder}{only}`, or set "
+            f"--{option}."
+        )
+    read(first)
+
+
 def read(path: Path) -> tuple[dict[str, Any], Demonstration]:
     """One episode, successful or not, with its header.
 

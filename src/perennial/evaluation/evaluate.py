@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from perennial.rollout.trajectory import Episode
 from perennial.suites.base import Task
+
+
+def includes_held_out(variant: str, variants: Sequence[str], where: str) -> bool:
+    """Whether held-out tasks are evaluated in `variant`: in "all" of `variants`, or only in the "first"."""
+    return where == "all" or variant == variants[0]
 
 
 def evaluation_episodes(task: Task, variant: str, count: int, temperature: float) -> list[Episode]:

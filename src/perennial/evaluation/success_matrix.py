@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from perennial.errors import PerennialError
+from perennial.evaluation.evaluate import includes_held_out
 from perennial.storage.run_folder import RunFolder
 
 
@@ -82,8 +83,8 @@ class SuccessMatrix:
         """
         config = run.header["config"]
         evaluation, trained = config["evaluation"], tuple(config["tasks"]["trained"])
-        everywhere = evaluation.get("held_out", "all") == "all" or variant == evaluation["variants"][0]
-        held_out = tuple(config["tasks"]["held_out"]) if everywhere else ()
+        included = includes_held_out(variant, evaluation["variants"], evaluation.get("held_out", "all"))
+        held_out = tuple(config["tasks"]["held_out"]) if included else ()
         phases = 1 if config.get("schedule") == "joint" else len(trained)
         rows: tuple[dict[str, np.ndarray], ...] = tuple({} for _ in range(phases + 1))
         for cell, outcome in run.cells().items():

@@ -11,7 +11,7 @@ Default budget and learning rate are those of the small policy; presets hold the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perennial.errors import PerennialError
 from perennial.learning._on_policy import clipped_surrogate, deal, passes
 from perennial.learning.advantages import group_relative
 from perennial.learning.base import Metrics, Objective
@@ -56,6 +57,13 @@ class GRPO(Objective):
     def requires(self) -> frozenset[str]:
         """Log-probabilities."""
         return frozenset({"log_prob"})
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """A group has someone to be compared with."""
+        if self.group_size < 2:
+            raise PerennialError(
+                f"--recipe.grpo.group_size is {self.group_size}, but a group needs at least 2 rollouts."
+            )
 
     def rows(self, decisions: int) -> int:
         """`epochs` passes over every decision."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.demonstrations.dataset import load, to_batch
+from perennial.demonstrations.dataset import load, require_recorded, to_batch
 from perennial.errors import PerennialError
 from perennial.learning.base import Metrics, Objective, gradient_step
 from perennial.policies.base import Batch, Policy, concatenate
@@ -47,17 +47,10 @@ class SFT(Objective):
         """Every task has been demonstrated, and the mix can be made."""
         if self.target_share > 1:
             raise PerennialError(f"--recipe.sft.target-share is {self.target_share}; it must be at most 1.")
-        if self.pretraining and not any(Path(self.pretraining).glob("*/*.safetensors")):
-            raise PerennialError(
-                f"There is no demonstration in {self.pretraining!r}; record some by `perennial demos "
-                f"{self.pretraining}`, or set --recipe.sft.pretraining."
-            )
+        if self.pretraining:
+            require_recorded(self.pretraining, "recipe.sft.pretraining")
         for task in tasks:
-            if not any(Path(self.demonstrations, task).glob("*.safetensors")):
-                raise PerennialError(
-                    f"There is no demonstration of {task} in {self.demonstrations!r}; record some by "
-                    f"`perennial demos {self.demonstrations} --tasks {task}`, or set --recipe.sft.demonstrations."
-                )
+            require_recorded(self.demonstrations, "recipe.sft.demonstrations", task)
 
     def rows(self, decisions: int) -> int:
         """`steps` x `batch_size`."""

@@ -18,6 +18,9 @@ from perennial.policies.base import Batch, Policy
 from perennial.rollout.trajectory import Trajectory
 from perennial.suites.base import Task
 
+ROWS = 64
+"""Decisions in one forward pass without gradient."""
+
 
 class Collect(Protocol):
     """Plays episodes with today's policy, sampled, from training states; the same call plays the same episodes."""
@@ -48,6 +51,18 @@ class Strategy:
     def variants(self) -> frozenset[str]:
         """Names of the suite's variants in which this strategy plays episodes, beside "id"."""
         return frozenset()
+
+    def check(self) -> None:
+        """See that what is needed from the disk is there, before a run starts.
+
+        Raises:
+            PerennialError: it is not.
+        """
+
+    def ungated(self) -> str | None:
+        """Why a gate cannot carry on a part of what a task changed, as the end of a sentence; None if it can."""
+        apart = type(self).policy_for is not Strategy.policy_for
+        return "it gives tasks weights of their own" if apart else None
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """Called once before the first stage of `task`."""

@@ -12,11 +12,9 @@ from torch import Tensor
 from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Policy
 from perennial.strategies._weights import looking_through, prefixed, snapshot, unprefixed
+from perennial.strategies.base import ROWS
 from perennial.strategies.replay import Replay
 from perennial.suites.base import Task
-
-ROWS = 64
-"""Decisions labelled in one forward pass."""
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -11,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.demonstrations.dataset import load, to_batch
+from perennial.demonstrations.dataset import load, require_recorded, to_batch
 from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Policy
 from perennial.randomness import stream
 from perennial.rollout import trajectory
 from perennial.strategies._running_squares import RunningSquares
 from perennial.strategies._weights import prefixed, snapshot, unprefixed
-from perennial.strategies.base import Collect, Strategy
+from perennial.strategies.base import ROWS, Collect, Strategy
 from perennial.suites.base import Task
 
 Tensors = dict[str, Tensor]
@@ -74,6 +75,11 @@ class EWC(Strategy):
             raise PerennialError(f"ewc.decay is {self.decay}; it must be between 0 and 1.")
         if min(self.episodes, self.samples) < 1:
             raise PerennialError("ewc.episodes and ewc.samples must be at least 1.")
+
+    def check(self) -> None:
+        """The folder that the base was made of holds demonstrations."""
+        if self.pretraining:
+            require_recorded(self.pretraining, "strategies.ewc.pretraining")
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """Anchor to the weights that the task starts from."""
@@ -145,8 +151,10 @@ def fisher_diagonal(policy: Policy, batch: Batch) -> Tensors:
 @torch.no_grad()
 def drawn(policy: Policy, batch: Batch) -> Batch:
     """The observations of `batch` with choices that `policy` draws at temperature 1."""
-    rng = [stream(0, "ewc", row) for row in range(len(batch))]
-    return replace(batch, sample=policy.act(batch.observation, 1.0, rng).sample, temperature=1.0, log_prob=None)
+    rng = iter([stream(0, "ewc", row) for row in range(len(batch))])
+    chunks = [policy.act(part.observation, 1.0, list(islice(rng, len(part)))) for part in batch.parts(ROWS)]
+    sample = np.concatenate([chunk.sample for chunk in chunks])
+    return replace(batch, sample=sample, temperature=1.0, log_prob=None)
 
 
 def _spread(batch: Batch, count: int) -> Batch:

@@ -76,6 +76,11 @@ class Retain(Strategy):
         """The one to search in, where there is a choice."""
         return frozenset({self.variant} if len(self.candidates) > 1 else ())
 
+    def ungated(self) -> str | None:
+        """In parallel: what the gate turned down would come back with the next merge."""
+        merged_again = "in a parallel chain it merges all fine-tuned weights again after every task"
+        return merged_again if self.chain == "parallel" else super().ungated()
+
     def before_task(self, task: Task, policy: Policy) -> None:
         """Keep the weights that merging starts from; in parallel, learn from the base again."""
         if self.chain == "running" or not self.start:
