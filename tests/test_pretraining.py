@@ -37,6 +37,13 @@ def test_a_checkpoint_that_cannot_be_measured_is_kept(demonstrations, tmp_path, 
     verify(tmp_path / "out")
     ToyPolicy.load(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "pretraining.json").read_text())["success"] == {}
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(pretraining, "clone", lambda *_: pytest.fail("it is cloned already"))
+    monkeypatch.setattr(pretraining, "measure", lambda *_: {"left": {"greedy": 1.0}})
+    pretraining.pretrain(options(demonstrations, tmp_path / "out"), Console(quiet=True))
+    verify(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "pretraining.json").read_text())["success"] == {"left": {"greedy": 1.0}}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
 def test_what_was_measured_is_written_down(demonstrations, tmp_path, monkeypatch):
@@ -45,6 +52,70 @@ def test_what_was_measured_is_written_down(demonstrations, tmp_path, monkeypatch
     pretraining.pretrain(options(demonstrations, tmp_path / "out"), Console(quiet=True))
     verify(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "pretraining.json").read_text())["success"] == measured
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, passed):
+    """Let the process stop after `passed` steps."""
+    augmented, steps = pretraining.augmented, []
+
+    def once(*arguments):
+        steps.append(1)
+        if len(steps) == passed + 1:
+            raise Killed
+        return augmented(*arguments)
+
+    monkeypatch.setattr(pretraining, "augmented", once)
+    return steps
+
+
+@pytest.mark.parametrize(("passed", "left"), [(3, 12), (4, 8), (9, 4)])
+def test_what_was_killed_goes_on_and_ends_with_the_same_weights(demonstrations, tmp_path, monkeypatch, passed, left):
+    monkeypatch.setattr(pretraining, "COMMIT_STEPS", 4)
+    asked = {"steps": 12, "episodes": 0}
+    pretraining.pretrain(options(demonstrations, tmp_path / "whole", **asked), Console(quiet=True))
+    steps = killed_at(monkeypatch, passed)
+    with pytest.raises(Killed):
+        pretraining.pretrain(options(demonstrations, tmp_path / "out", **asked), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+    pretraining.pretrain(options(demonstrations, tmp_path / "out", **asked), Console(quiet=True))
+    assert len(steps) == passed + 1 + left
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+def test_a_commit_that_was_cut_off_is_not_gone_on_from(demonstrations, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "COMMIT_STEPS", 4)
+    asked = {"steps": 12, "episodes": 0}
+    pretraining.pretrain(options(demonstrations, tmp_path / "whole", **asked), Console(quiet=True))
+    killed_at(monkeypatch, 9)
+    with pytest.raises(Killed):
+        pretraining.pretrain(options(demonstrations, tmp_path / "out", **asked), Console(quiet=True))
+    commit = tmp_path / "out.unfinished" / "commit"
+    commit.rename(commit.with_name(".commit.former.1.partial"))  # as between the two renames of a commit
+    commit.with_name(".commit.new.1.partial").mkdir()
+    pretraining.pretrain(options(demonstrations, tmp_path / "out", **asked), Console(quiet=True))
+    model = "model.safetensors"
+    assert (tmp_path / "out" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+
+
+@pytest.mark.parametrize("changes", [{"steps": 8}, {"learning_rate": 2e-3}, {"seed": 1}, {"tasks": ("left",)}])
+def test_it_does_not_go_on_with_something_else(demonstrations, tmp_path, monkeypatch, changes):
+    killed_at(monkeypatch, 2)
+    with pytest.raises(Killed):
+        pretraining.pretrain(options(demonstrations, tmp_path / "out"), Console(quiet=True))
+    with pytest.raises(PerennialError, match=f"out.unfinished was begun with {next(iter(changes))} .*; repeat that"):
+        pretraining.pretrain(options(demonstrations, tmp_path / "out", **changes), Console(quiet=True))
+
+
+def test_a_checkpoint_that_is_there_is_not_replaced(demonstrations, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(PerennialError, match="out exists already"):
+        pretraining.pretrain(options(demonstrations, tmp_path / "out"), Console(quiet=True))
 
 
 @pytest.mark.parametrize(

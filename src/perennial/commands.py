@@ -224,7 +224,7 @@ class Demos:
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Behaviour-clone a base policy from demonstrations."""
+    """Behaviour-clone a base policy from demonstrations; after an interruption, repeat the command to go on."""
 
     demonstrations: Positional[Path]
     """Folder that `perennial demos` wrote."""

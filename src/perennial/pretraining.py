@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import nn
 
 from perennial import __version__, discovery
 from perennial.demonstrations.dataset import Demonstration, data_hash, load, to_batch
@@ -25,7 +28,10 @@ from perennial.learning.stage import learner_threads
 from perennial.policies.base import Batch, Observation, Policy
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
-from perennial.storage.atomic import commit_folder
+from perennial.storage import lock
+from perennial.storage.atomic import MANIFEST, clean, commit_folder, verify, write_json
+from perennial.storage.tensors import load_optimizer, load_tensors, save_optimizer, save_tensors
+from perennial.strategies._weights import restore
 from perennial.suites.base import Suite
 
 if TYPE_CHECKING:
@@ -36,14 +42,57 @@ SHIFT = 2
 WORD_DROPOUT = 0.25
 """Share of words left out of a scrambled instruction."""
 WARMUP_STEPS = 200
+BEGUN, DESCRIPTION = "begun.json", "pretraining.json"
+
+
+COMMIT_STEPS = 250
+"""Steps between two commits: a killed process loses no more of them."""
 
 
 def pretrain(options: Pretrain, console: Console) -> None:
     """Clone the demonstrations in `options.demonstrations` into a new checkpoint at `options.out`.
 
+    What was interrupted goes on from its last commit, in `OUT.unfinished`, when the command is repeated, and ends with
+    the same checkpoint bit for bit.
+
     Raises:
-        PerennialError: the output exists, a number is out of range, or there are no demonstrations.
+        PerennialError: the output exists, a number is out of range, there are no demonstrations, or what is unfinished
+            was begun with other options.
     """
+    _check(options)
+    unfinished = options.out.with_name(f"{options.out.name}.unfinished")
+    if options.out.exists() and not (unfinished / BEGUN).exists():
+        raise PerennialError(f"{options.out} exists already; choose another folder for the checkpoint.")
+    demonstrations = load(options.demonstrations, options.tasks or None)
+    data = data_hash(options.demonstrations)
+    unfinished.mkdir(parents=True, exist_ok=True)
+    with lock.acquire(unfinished):
+        clean(unfinished)
+        _claim(unfinished, options, data)
+        if not options.out.exists():
+            policy = _learn(options, demonstrations, unfinished / "commit", console)
+            manifest = {
+                "perennial": __version__,
+                "command": shlex.join(["perennial", *sys.argv[1:]]),
+                "seed": options.seed,
+                "data_sha256": data,
+                "demonstrations": {t: sum(d.task == t for d in demonstrations) for t in tasks_of(demonstrations)},
+                "success": {},
+            }
+
+            def write(target: Path) -> None:
+                policy.save(target, torch.bfloat16)
+                (target / DESCRIPTION).write_text(json.dumps(manifest, indent=2) + "\n")
+
+            commit_folder(options.out, write)  # before it is measured, so that a simulator that fails loses nothing
+        if options.episodes:
+            _write_success(options.out, measure(options, options.out, tasks_of(demonstrations), console))
+        shutil.rmtree(unfinished)
+    console.print(f"Checkpoint: {options.out}")
+
+
+def _check(options: Pretrain) -> None:
+    """Numbers are in range."""
     for name, least in (("steps", 1), ("batch_size", 1), ("episodes", 0)):
         if getattr(options, name) < least:
             raise PerennialError(
@@ -51,34 +100,72 @@ def pretrain(options: Pretrain, console: Console) -> None:
             )
     if not options.learning_rate > 0:
         raise PerennialError(f"--learning-rate is {options.learning_rate}; it must be above 0.")
-    if options.out.exists():
-        raise PerennialError(f"{options.out} exists already; choose another folder for the checkpoint.")
+
+
+def _claim(unfinished: Path, options: Pretrain, data: str) -> None:
+    """Write down in the folder `unfinished` what is learned there, or see that it was the same.
+
+    Raises:
+        PerennialError: it was not.
+    """
+    asked = {
+        name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate", "suite", "policy", "seed")
+    }
+    asked |= {"tasks": list(options.tasks), "data_sha256": data}
+    path = unfinished / BEGUN
+    if not path.exists():
+        write_json(path, asked)
+    begun = json.loads(path.read_text())
+    for name, value in asked.items():
+        if begun[name] != value:
+            raise PerennialError(
+                f"{unfinished} was begun with {name} {begun[name]!r}, not {value!r}; repeat that command, or delete "
+                "the folder to begin anew."
+            )
+
+
+def _learn(options: Pretrain, demonstrations: list[Demonstration], commit: Path, console: Console) -> Policy:
+    """The policy after `options.steps` steps, of which those in the folder `commit` are done already."""
     suite = discovery.find("suites", options.suite, Suite)()
-    demonstrations = load(options.demonstrations, options.tasks or None)
     policy = fresh_policy(options.policy, suite, demonstrations, options.seed)
-    losses = clone(policy, to_batch(demonstrations, policy), options)
-    for step, loss in enumerate(track(losses, "cloning", total=options.steps, console=console), 1):
+    parameters = dict(policy.model.named_parameters())
+    optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.01, betas=(0.9, 0.98))
+    done = 0
+    if commit.exists():
+        verify(commit)
+        done = int(json.loads((commit / "state.json").read_text())["steps"])
+        restore(policy, load_tensors(commit / "weights.safetensors"))
+        load_optimizer(optimizer, parameters, commit / "optimizer.safetensors")
+        console.print(f"Going on after step {done}.", highlight=False)
+
+    losses = clone(policy, optimizer, to_batch(demonstrations, policy), options, done)
+    shown = track(losses, "cloning", total=options.steps, completed=done, console=console)
+    for step, loss in enumerate(shown, done + 1):
+        if step % COMMIT_STEPS == 0:
+            commit_folder(commit, partial(_write_commit, parameters, optimizer, step))
         if step % max(1, options.steps // 20) == 0:
             console.print(f"step {step}/{options.steps}  loss {loss:.3f}", highlight=False)
-    manifest = {
-        "perennial": __version__,
-        "command": shlex.join(["perennial", *sys.argv[1:]]),
-        "seed": options.seed,
-        "data_sha256": data_hash(options.demonstrations),
-        "demonstrations": {task: sum(d.task == task for d in demonstrations) for task in tasks_of(demonstrations)},
-    }
+    return policy
 
-    success: dict[str, dict[str, float]] = {}
+
+def _write_commit(
+    parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, steps: int, target: Path
+) -> None:
+    """What `_learn` needs to go on after so many steps."""
+    save_tensors(parameters, target / "weights.safetensors")
+    save_optimizer(optimizer, parameters, target / "optimizer.safetensors")
+    write_json(target / "state.json", {"steps": steps})
+
+
+def _write_success(checkpoint: Path, success: dict[str, dict[str, float]]) -> None:
+    """Add what was measured to the description of a checkpoint."""
 
     def write(target: Path) -> None:
-        policy.save(target, torch.bfloat16)
-        (target / "pretraining.json").write_text(json.dumps(manifest | {"success": success}, indent=2) + "\n")
+        shutil.copytree(checkpoint, target, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+        manifest = json.loads((checkpoint / DESCRIPTION).read_text())
+        (target / DESCRIPTION).write_text(json.dumps(manifest | {"success": success}, indent=2) + "\n")
 
-    commit_folder(options.out, write)  # before it is measured, so that a simulator that fails loses nothing
-    if options.episodes:
-        success |= measure(options, options.out, tasks_of(demonstrations), console)
-        commit_folder(options.out, write)
-    console.print(f"Checkpoint: {options.out}")
+    commit_folder(checkpoint, write)
 
 
 def tasks_of(demonstrations: list[Demonstration]) -> list[str]:
@@ -94,12 +181,12 @@ def fresh_policy(name: str, suite: Suite, demonstrations: list[Demonstration], s
     return discovery.find("policies", name, Policy).fresh(sentences, actions, states, seed)
 
 
-def clone(policy: Policy, batch: Batch, options: Pretrain) -> Iterator[float]:
-    """Take `options.steps` AdamW steps on `policy`, yielding each step's loss."""
+def clone(
+    policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, options: Pretrain, first: int = 0
+) -> Iterator[float]:
+    """Take the steps `first` .. `options.steps` - 1 on `policy`, yielding each step's loss."""
     torch.set_num_threads(learner_threads())
-    parameters = list(policy.model.parameters())
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, betas=(0.9, 0.98))
-    for step in range(options.steps):
+    for step in range(first, options.steps):
         rng = stream(options.seed, "pretrain", step)
         part = batch.take(rng.integers(len(batch), size=options.batch_size))
         part = replace(part, observation=augmented(part.observation, rng))
@@ -110,7 +197,7 @@ def clone(policy: Policy, batch: Batch, options: Pretrain) -> Iterator[float]:
         loss = policy.imitation_loss(part).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
         optimizer.step()
         value = float(loss.detach())
         if not math.isfinite(value):
