@@ -38,8 +38,8 @@ def figures(name: str) -> dict[str, Any]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines).replace("| --- | ---", "|---|---")
+    lines = ["| " + " | ".join(cells) + " |\n" for cells in (header, *rows)]
+    return "".join([lines[0], "|---" * len(header) + "|\n", *lines[1:]])
 
 
 def split_tables(lines: Sequence[str] | str) -> list[str]:
@@ -71,28 +71,28 @@ def strengths(name: str) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Every alpha of one fine-tuned policy, on shifted scenes: one set to choose in, one to measure in."""
+    """Every alpha of one fine-tuned policy on shifted scenes: those to measure in, and others to choose in."""
 
     method: str
     task: str
     seed: int
-    chosen_in: Mapping[str, Any]
     measured_in: Mapping[str, Any]
+    chosen_in: Mapping[str, Any] | None
 
     def alpha(self, place: int) -> str:
         """The coefficient of a candidate."""
-        return f"{self.chosen_in['candidates'][place]['alpha']['language']:g}"
+        return f"{self.measured_in['candidates'][place]['alpha']['language']:g}"
 
 
 @cache
 def sweeps() -> tuple[Sweep, ...]:
     """All of them."""
     found = []
-    for path in sorted((STUDIES / "retain" / "alpha").glob("*-val.json")):
-        method, task, seed = path.stem.removesuffix("-val").split("-")
-        other = path.with_name(path.name.replace("-val", "-test"))
-        content = (json.loads(path.read_bytes()), json.loads(other.read_bytes()))
-        found.append(Sweep(method, task, int(seed.removeprefix("seed")), *content))
+    for path in sorted((STUDIES / "retain" / "alpha").glob("*-test.json")):
+        method, task, seed = path.stem.removesuffix("-test").split("-")
+        other = path.with_name(path.name.replace("-test", "-val"))
+        chosen_in = json.loads(other.read_bytes()) if other.exists() else None
+        found.append(Sweep(method, task, int(seed.removeprefix("seed")), json.loads(path.read_bytes()), chosen_in))
     return tuple(found)
 
 
@@ -107,14 +107,17 @@ def mean_rate(rates: Sequence[Estimate]) -> Estimate:
     return {"value": value, "low": max(0.0, value - margin), "high": min(100.0, value + margin)}
 
 
-def measured(method: str, seeds: Sequence[int], rule: Callable[[Sweep], int], what: str) -> Estimate:
+def measured(method: str, what: str, seeds: Sequence[int], rule: Callable[[Sweep], int]) -> Estimate:
     """Success in `ood_test` ("target") or on old tasks ("generalist") with the candidates that a rule takes."""
     mine = [sweep for sweep in sweeps() if sweep.method == method and sweep.seed in seeds]
     return mean_rate([sweep.measured_in["candidates"][rule(sweep)][what] for sweep in mine])
 
 
-COLUMNS = [(method, what) for method in ("task_ft", "co_ft") for what in ("target", "generalist")]
-HEADER = [f"{method}: {'`ood_test`' if what == 'target' else 'old tasks'}" for method, what in COLUMNS]
+COLUMNS = [(method, what) for method in ("task_ft", "co_ft", "language") for what in ("target", "generalist")]
+LABELS = {"language": "task_ft, language alone"}
+HEADER = [
+    f"{LABELS.get(method, method)}: {'`ood_test`' if what == 'target' else 'old tasks'}" for method, what in COLUMNS
+]
 
 
 def seeds_swept() -> list[int]:
@@ -124,12 +127,12 @@ def seeds_swept() -> list[int]:
 
 def sweep_curve(place: int, method: str, what: str) -> Estimate:
     """One point of the curve over alpha."""
-    return measured(method, seeds_swept(), lambda sweep: place, what)
+    return measured(method, what, seeds_swept(), lambda sweep: place)
 
 
 def sweep_table() -> str:
     """Success over alpha."""
-    count = len(sweeps()[0].chosen_in["candidates"])
+    count = len(sweeps()[0].measured_in["candidates"])
     return table(
         ("alpha", *HEADER),
         [
@@ -143,12 +146,13 @@ def searched(sweep: Sweep) -> int:
     """What the strategy `retain` took in the study, looking at the new task alone."""
     result = STUDIES / "retain" / "results" / f"retain_{sweep.method}-{sweep.task}" / f"seed{sweep.seed}.json"
     taken = json.loads(result.read_bytes())["accounts"][0]["alpha"]["language"]
-    alphas = [candidate["alpha"]["language"] for candidate in sweep.chosen_in["candidates"]]
+    alphas = [candidate["alpha"]["language"] for candidate in sweep.measured_in["candidates"]]
     return min(range(len(alphas)), key=lambda i: abs(alphas[i] - taken))
 
 
 def without_rollouts(sweep: Sweep) -> int:
     """The least sum of losses."""
+    assert sweep.chosen_in is not None
     candidates = sweep.chosen_in["candidates"]
     return likeliest(*([candidate[loss] for candidate in candidates] for loss in ("target_loss", "base_loss")))
 
@@ -157,7 +161,7 @@ RULES: dict[str, Callable[[Sweep], int]] = {
     "no merging (1)": lambda sweep: 5,
     "the paper (0.8)": lambda sweep: 4,
     "search on `ood_val`, new task alone": searched,
-    "search on `ood_val` and old tasks": lambda sweep: int(sweep.chosen_in["best"]),
+    "search on `ood_val` and old tasks": lambda sweep: int((sweep.chosen_in or {})["best"]),
     "least sum of losses, no rollouts": without_rollouts,
 }
 
@@ -170,8 +174,9 @@ def choice_table(seeds: Sequence[int]) -> str:
             ", ".join(s.alpha(rule(s)) for s in sweeps() if s.method == method and s.seed in seeds)
             for method in ("task_ft", "co_ft")
         ]
-        rows.append([name, *taken, *(words.estimate(measured(m, seeds, rule, what), True) for m, what in COLUMNS)])
-    return table(("alpha chosen by", "task_ft: alphas", "co_ft: alphas", *HEADER), rows)
+        worth = (words.estimate(measured(*column, seeds, rule), True) for column in COLUMNS[:4])
+        rows.append([name, *taken, *worth])
+    return table(("alpha chosen by", "task_ft: alphas", "co_ft: alphas", *HEADER[:4]), rows)
 
 
 # What else the study of RETAIN asks.
@@ -206,7 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retain minus": lambda: split_tables(protocol.markdown(figures("retain")["protocol"], "task_ft"))[1],
     "retain sweep": sweep_table,
     "retain choice found": lambda: choice_table([0]),
-    "retain choice fresh": lambda: choice_table([seed for seed in seeds_swept() if seed]),
+    "retain choice fresh": lambda: choice_table([2]),
     "retain growth": growth_table,
 }
 
@@ -242,7 +247,7 @@ def line(axes: Any, xs: Sequence[float], ys: Sequence[Estimate], label: str, ind
 
 def alpha_curve(axes: Any) -> None:
     """Both sides of merging."""
-    places = range(len(sweeps()[0].chosen_in["candidates"]))
+    places = range(len(sweeps()[0].measured_in["candidates"]))
     for index, (column, label) in enumerate(zip(COLUMNS, HEADER, strict=True)):
         xs = [float(sweeps()[0].alpha(place)) for place in places]
         points = [sweep_curve(place, *column) for place in places]
