@@ -50,7 +50,7 @@ class Table:
     lowest: list[tuple[float, float]] = field(default_factory=list)
 
     def step(self, progress):
-        move, grip = _decide(progress, self.hand, self.item, self.goal, [self.goal], self.furniture)
+        move, grip = _decide(progress, self.hand, self.item, self.goal, [self.goal, *self.furniture])
         step = 0.02 * np.clip(_GAIN * move, -1, 1)
         self.closed = max(0, min(6, self.closed + (1 if grip > 0 else -1)))
         inside = np.all(self.hand > self.item.low - 0.02) and np.all(self.hand < self.item.high + 0.02)
@@ -124,6 +124,16 @@ def test_an_item_that_rolls_away_from_the_goal_is_fetched_again():
     np.testing.assert_allclose(table.item.place[:2], PLATE.place[:2], atol=0.015)
 
 
+def test_an_item_that_rests_on_the_goal_before_it_is_quite_there_is_let_go():
+    """As a tilted bowl does that touches a plate with its rim; the hand pushes on but stands still."""
+    table, progress = Table(BOWL, PLATE), Progress()
+    table.play(progress, lambda table: np.linalg.norm((table.item.place - PLATE.place)[:2]) < 0.03)
+    held = table.hand
+    while progress.phase == "carry" and progress.steps < 100:
+        _decide(progress, held, table.item, PLATE, [PLATE])
+    assert progress.phase == "open"
+
+
 @settings(max_examples=30)
 @given(st.floats(-0.3, 0.3), st.floats(-0.3, 0.3), st.floats(0.0, 0.4))
 def test_the_hand_comes_down_only_in_a_funnel_above_its_place(x, y, z):
@@ -192,7 +202,7 @@ def test_bounds_are_those_of_the_turned_boxes_that_can_be_touched():
 
 
 @needs_libero
-@pytest.mark.parametrize("task", ["object-2", "spatial-0"])
+@pytest.mark.parametrize("task", ["object-2", "spatial-5"])
 def test_it_solves_tasks_from_demonstration_states(libero, task):  # noqa: F811
     """Two environments in turn, so the memory of one episode must not leak into the other."""
     expert, environments = SUITE.expert(task), [SUITE.make(task), SUITE.make(task)]

@@ -22,6 +22,8 @@ _GAIN = 40.0
 """Commands per metre of distance; 1 asks for 5 cm."""
 _TURN = 0.5
 _NEAR, _REACHED, _LOST = 0.012, 0.02, 0.05
+_STILL = 0.0005
+"""Metres in a step below which a hand is taken to be held up."""
 _FUNNEL = 4.0
 """Metres of height kept for each metre that is missing sideways."""
 _ABOVE, _CLEAR, _ASIDE = 0.12, 0.04, 0.025
@@ -51,12 +53,14 @@ class Progress:
     Attributes:
         phase: "reach", "close", "carry" or "open", and `steps` since it began.
         place: where the phase begins; `offset`, from the item to the hand when it was taken.
+        before: where the hand was a step ago.
     """
 
     phase: str = "reach"
     steps: int = 0
     place: np.ndarray = field(default_factory=lambda: np.zeros(3))
     offset: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    before: np.ndarray = field(default_factory=lambda: np.zeros(3))
 
     def enter(self, phase: str, place: np.ndarray) -> None:
         """Begin a phase."""
@@ -81,23 +85,23 @@ class PickAndPlace:
         item = things.pop(name)
         goal = next(thing for other, thing in things.items() if target.startswith(other))
         hand = data.site_xpos[scene.robot.eef_site_id].copy()
-        move, grip = _decide(progress, hand, item, goal, list(things.values()), _furniture(scene))
+        move, grip = _decide(progress, hand, item, goal, [*things.values(), *_furniture(scene)])
         action = np.concatenate((_GAIN * move, _tilt(data, scene) / _TURN, [grip]))
         clipped: np.ndarray = np.clip(action, -1, 1).astype(np.float32)
         return clipped
 
 
 def _decide(
-    progress: Progress, hand: np.ndarray, item: Thing, goal: Thing, others: list[Thing], furniture: list[Thing]
+    progress: Progress, hand: np.ndarray, item: Thing, goal: Thing, obstacles: list[Thing]
 ) -> tuple[np.ndarray, float]:
-    """Where to move the hand, in metres, and what to do with the fingers; `others` include the goal."""
-    there = _grasp(item, [*others, *furniture])
+    """Where to move the hand, in metres, and what to do with the fingers; `obstacles` include the goal."""
+    there = _grasp(item, obstacles)
     _advance(progress, hand, item, goal, there)
-    progress.steps += 1
+    progress.steps, progress.before = progress.steps + 1, hand
     if progress.phase == "reach":
         return _towards(hand, there, item.high[2] + _ABOVE, hand), _OPEN
     if progress.phase == "carry":
-        cruise = progress.offset[2] + item.place[2] - item.low[2] + _barrier(furniture, item, goal) + _CLEAR
+        cruise = progress.offset[2] + item.place[2] - item.low[2] + _barrier(obstacles, item, goal) + _CLEAR
         return _towards(hand, _carried(hand, item, goal), cruise, progress.place), _CLOSED
     if progress.phase == "close":
         return progress.place - hand, _CLOSED
@@ -113,9 +117,11 @@ def _advance(progress: Progress, hand: np.ndarray, item: Thing, goal: Thing, the
         progress.enter("carry", hand)
         progress.offset = hand - item.place
     elif progress.phase == "carry":
+        missing = np.linalg.norm(hand - _carried(hand, item, goal))
+        resting = progress.steps > _GRIPPING and np.linalg.norm(hand - progress.before) < _STILL
         if np.linalg.norm(hand - item.place - progress.offset) > _LOST:
             progress.enter("reach", hand)
-        elif np.linalg.norm(hand - _carried(hand, item, goal)) < _NEAR:
+        elif missing < _NEAR or (missing < _LOST and resting):
             progress.enter("open", hand)
     elif progress.phase == "open" and progress.steps >= _RELEASING:
         progress.enter("reach", hand)
@@ -134,10 +140,10 @@ def _furniture(scene: Any) -> list[Thing]:
     return [_measure(scene, name) for name, fixture in fixtures if hasattr(fixture, "root_body")]
 
 
-def _barrier(furniture: list[Thing], item: Thing, goal: Thing) -> float:
-    """Height of what the item must be lifted over: its goal, and the furniture that it is still on or in."""
+def _barrier(obstacles: list[Thing], item: Thing, goal: Thing) -> float:
+    """Height of what the item must be lifted over: its goal, and what it is still on, in or near."""
     heights = [goal.high[2]]
-    for body in furniture:
+    for body in obstacles:
         inside = (item.place[:2] > body.low[:2] - _LOST) & (item.place[:2] < body.high[:2] + _LOST)
         if inside.all():
             heights.append(body.high[2])
