@@ -35,7 +35,7 @@ def measure(config: Config, repeats: int) -> Result:
         multiprocessing.get_context("spawn").Pool(count, _prepare, (config.suite, policy.image_size)) as pool,
     ):
         trajectories = workers.collect(episodes)
-        shares = [_share(policy, trajectories[i::count]) for i in range(count)]
+        shares = [share_of(policy, trajectories[i::count]) for i in range(count)]
         pool.map(_replay, shares, chunksize=1)  # builds the environments
         seconds: dict[str, list[float]] = {"policy": [], "ceiling": []}
         for _ in range(repeats):
@@ -59,7 +59,7 @@ def measure(config: Config, repeats: int) -> Result:
 Share = list[tuple[Episode, np.ndarray, np.ndarray]]
 
 
-def _share(policy: Policy, trajectories: Sequence[Trajectory]) -> Share:
+def share_of(policy: Policy, trajectories: Sequence[Trajectory]) -> Share:
     """Each episode with the actions that were executed, [T, C, D], and how many of each chunk."""
     decode = policy.decode  # type: ignore[attr-defined]
     return [(t.episode, decode(t.samples), t.steps) for t in trajectories]
@@ -75,12 +75,16 @@ def _prepare(suite: str, image_size: int) -> None:
 
 
 def _replay(share: Share) -> None:
+    replay(_environments, share)
+
+
+def replay(environments: Environments, share: Share) -> None:
     """Play the recorded actions: one image per chunk, then its steps."""
     for episode, actions, steps in share:
-        environment = _environments.borrow(episode.task, episode.variant)
+        environment = environments.borrow(episode.task, episode.variant)
         environment.reset(options={"split": episode.split, "index": episode.initial_state})
         for chunk, executed in zip(actions, steps, strict=True):
             environment.render()
             for action in chunk[:executed]:
                 environment.step(action)
-        _environments.give_back(episode.task, episode.variant, environment)
+        environments.give_back(episode.task, episode.variant, environment)
