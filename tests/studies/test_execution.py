@@ -1,5 +1,6 @@
 """The whole way of a study: preparation, runs at once, results, interruption, report."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from perennial.errors import PerennialError
 from perennial.evaluation.success_matrix import SuccessMatrix
 from perennial.storage.run_folder import RunFolder
 from perennial.studies import _execution, _results
-from perennial.studies.base import Entry
+from perennial.studies.base import Entry, Preparation
 from toyhouse.study import STUDY
 
 TESTS = Path(__file__).parents[1]
@@ -161,6 +162,32 @@ def test_a_preparation_that_was_interrupted_is_made_again(tmp_path, monkeypatch)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "manifest.json").write_text("{}")
     _execution._prepare(STUDY, tmp_path, [Entry(STUDY, "l2", "given", 0)], Console())
+    assert made == ["demos"]
+
+
+def test_what_was_prepared_by_another_command_is_refused(tmp_path, monkeypatch):
+    made = []
+
+    def run(command, check):
+        made.append(command[3])
+        (tmp_path / made[-1]).mkdir()
+        (tmp_path / made[-1] / "manifest.json").write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    def prepare(study):
+        _execution._prepare(study, tmp_path, [Entry(study, "l2", "given", 0)], Console())
+
+    one, other = (
+        dataclasses.replace(STUDY, preparations=(Preparation("demos", ("demos", "{folder}/demos", *extra), ("*",)),))
+        for extra in ((), ("--count", "9"))
+    )
+    monkeypatch.setattr(_execution.subprocess, "run", run)
+    prepare(one)
+    prepare(one)
+    with pytest.raises(PerennialError, match=r"demos was made by `perennial demos .*, but .* --count 9`; delete it"):
+        prepare(other)
+    (tmp_path / "demos.prepared.json").unlink()  # as before commands were written down
+    prepare(other)
     assert made == ["demos"]
 
 

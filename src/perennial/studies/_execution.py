@@ -6,7 +6,9 @@ depend on how many run beside it.
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,7 +32,7 @@ from perennial.storage import atomic, lock
 from perennial.storage.atomic import MANIFEST
 from perennial.storage.run_folder import RunFolder
 from perennial.studies import _results
-from perennial.studies.base import FOLDER, Entry, Study
+from perennial.studies.base import FOLDER, Entry, Preparation, Study
 
 POLL_SECONDS = 1.0
 
@@ -92,7 +94,7 @@ def _prepare(study: Study, folder: Path, missing: Sequence[Entry], console: Cons
     methods = {entry.method for entry in missing}
     for preparation in study.preparations:
         needed = methods if preparation.needed_by == ("*",) else methods.intersection(preparation.needed_by)
-        if (folder / preparation.path / MANIFEST).exists() or not needed:
+        if not needed or _is_prepared(folder, preparation):
             continue
         arguments = [part.replace(FOLDER, str(folder)) for part in preparation.arguments]
         console.print(f"Preparing {preparation.path}", highlight=False)
@@ -100,6 +102,30 @@ def _prepare(study: Study, folder: Path, missing: Sequence[Entry], console: Cons
             raise PerennialError(
                 f"Preparing {preparation.path} failed; see above, and repeat the command to try again."
             )
+        atomic.write_json(_record(folder, preparation), {"arguments": list(preparation.arguments)})
+
+
+def _is_prepared(folder: Path, preparation: Preparation) -> bool:
+    """Whether it was made, by the same command as far as that was written down.
+
+    Raises:
+        PerennialError: it was made by another command.
+    """
+    if not (folder / preparation.path / MANIFEST).exists():
+        return False
+    record = _record(folder, preparation)
+    made_by = json.loads(record.read_text())["arguments"] if record.exists() else list(preparation.arguments)
+    if made_by != list(preparation.arguments):
+        raise PerennialError(
+            f"{folder / preparation.path} was made by `perennial {shlex.join(made_by)}`, but the study now asks for "
+            f"`perennial {shlex.join(preparation.arguments)}`; delete it to make it again, or choose another folder."
+        )
+    return True
+
+
+def _record(folder: Path, preparation: Preparation) -> Path:
+    """Where the command is written down."""
+    return folder / f"{preparation.path}.prepared.json"
 
 
 def _work(name: str, folder: Path, missing: Sequence[Entry], jobs: int, console: Console) -> list[Entry]:
