@@ -51,7 +51,7 @@ def test_a_missing_simulator_is_explained(monkeypatch, ask):
         monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, "perennial.suites._kitchen_simulation", raising=False)
     monkeypatch.delattr(perennial.suites, "_kitchen_simulation", raising=False)
-    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
     with pytest.raises(PerennialError, match=r"pip install 'perennial\[kitchen\]'"):
         ask("kettle")
 

@@ -62,7 +62,7 @@ def test_reading_the_tasks_imports_no_simulator():
 def test_a_missing_simulator_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
     monkeypatch.delitem(sys.modules, "perennial.suites._metaworld_simulation", raising=False)
-    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
     import perennial.suites
 
     monkeypatch.delattr(perennial.suites, "_metaworld_simulation", raising=False)

@@ -1,13 +1,14 @@
 import os
 import subprocess
 import sys
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 
 from perennial.errors import PerennialError
 from perennial.suites import _mujoco
-from perennial.suites._mujoco import borrow, choose_gl, give_back, render_check
+from perennial.suites._mujoco import Painter, borrow, choose_gl, give_back, render_check
 
 
 @pytest.fixture
@@ -40,6 +41,29 @@ def test_the_users_choice_is_respected(machine, monkeypatch):
     machine({"egl", "osmesa"}, True)
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     assert choose_gl() == os.environ["MUJOCO_GL"] == "glfw"
+
+
+def test_a_choice_that_draws_nothing_is_refused(machine, monkeypatch):
+    machine({"egl"}, True)
+    for wrong in ("opengl", "disabled"):
+        monkeypatch.setenv("MUJOCO_GL", wrong)
+        with pytest.raises(PerennialError, match=f"MUJOCO_GL is '{wrong}', .* set it to egl, osmesa or glfw, or unset"):
+            choose_gl()
+    monkeypatch.setenv("MUJOCO_GL", "OSMesa")
+    with pytest.raises(PerennialError, match=r"MUJOCO_GL is 'OSMesa', but there is no libOSMesa\.so\.8; install"):
+        choose_gl()
+    monkeypatch.setenv("MUJOCO_GL", "EGL ")
+    assert choose_gl() == "EGL "
+
+
+def test_a_painter_that_cannot_draw_says_so(monkeypatch):
+    mujoco, model = MagicMock(), MagicMock()
+    mujoco.Renderer.side_effect = RuntimeError("no display")
+    model.vis.global_.offwidth = model.vis.global_.offheight = 64
+    monkeypatch.setitem(sys.modules, "mujoco", mujoco)
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    with pytest.raises(PerennialError, match=r"cannot draw with MUJOCO_GL=glfw \(no display\); .* unset MUJOCO_GL"):
+        Painter(model, "front", 64, fast=True)
 
 
 def test_without_a_library_the_package_to_install_is_named(machine):

@@ -30,10 +30,11 @@ class UnreliableEnvironment(ToyEnvironment):
     def misbehave(self) -> None:
         way, _, repeats = self.task.name.partition("-")
         seen = Path(os.environ["UNRELIABLE"]) / self.task.name
-        if repeats == "once" and seen.exists():
+        try:  # of workers that come here at the same time, only one makes the file
+            with seen.open("x" if repeats == "once" else "a") as file:
+                file.write("x")
+        except FileExistsError:
             return
-        with seen.open("a") as file:
-            file.write("x")
         if way == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if way == "hangs":

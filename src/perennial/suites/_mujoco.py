@@ -17,6 +17,7 @@ from perennial.errors import PerennialError
 HIDDEN_GROUP = 5
 """Geometry group that policies never see; `film` shows it."""
 
+_WINDOWED = ("glfw", "glx", "enable", "enabled", "on", "true", "1")
 _LIBRARIES = {"osmesa": ("OSMesa", "libOSMesa.so.8"), "egl": ("EGL", "libEGL.so.1")}
 
 
@@ -34,14 +35,23 @@ def _loadable(backend: str) -> bool:
 def choose_gl() -> str:
     """Choose how MuJoCo draws, and tell it by the environment variable MUJOCO_GL; to be called before importing it.
 
-    A value that is already set is respected. A machine with a GPU device node uses EGL if it can; any other uses the
-    software renderer OSMesa if it can.
+    A value that is already set is respected if MuJoCo can draw with it. A machine with a GPU device node uses EGL if
+    it can; any other uses the software renderer OSMesa if it can.
 
     Raises:
-        PerennialError: there is no OpenGL library that can draw without a display.
+        PerennialError: there is no OpenGL library that can draw without a display, or not the one asked for.
     """
     os.environ.setdefault("LP_NUM_THREADS", "1")
     if chosen := os.environ.get("MUJOCO_GL"):
+        backend = chosen.lower().strip()
+        if backend not in (*_LIBRARIES, *_WINDOWED):
+            raise PerennialError(
+                f"MUJOCO_GL is {chosen!r}, with which MuJoCo draws nothing; set it to egl, osmesa or glfw, or unset it."
+            )
+        if backend in _LIBRARIES and not _loadable(backend):
+            raise PerennialError(
+                f"MUJOCO_GL is {chosen!r}, but there is no {_LIBRARIES[backend][1]}; install it or unset MUJOCO_GL."
+            )
         return chosen
     gpu = any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/dri"))
     for backend in ("egl", "osmesa") if gpu else ("osmesa", "egl"):
@@ -64,6 +74,9 @@ class Painter:
         camera: name of a camera of the model, the one that is looked through by default.
         size: side of the pictures in pixels.
         fast: no multisampling, shadows, reflections or sky, and nothing of `HIDDEN_GROUP`; about 15 times faster.
+
+    Raises:
+        PerennialError: MuJoCo cannot draw here.
     """
 
     def __init__(self, model: Any, camera: str, size: int, *, fast: bool) -> None:
@@ -76,7 +89,13 @@ class Painter:
         self._camera = camera
         self._option = mujoco.MjvOption()
         self._option.geomgroup[HIDDEN_GROUP] = not fast
-        self._renderer = mujoco.Renderer(model, size, size)
+        try:
+            self._renderer = mujoco.Renderer(model, size, size)
+        except Exception as error:  # the OpenGL layers raise errors of many unrelated types
+            raise PerennialError(
+                f"MuJoCo cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); "
+                "install the Debian package libosmesa6 or unset MUJOCO_GL."
+            ) from error
         if fast:
             flag = mujoco.mjtRndFlag
             for off in (flag.mjRND_SHADOW, flag.mjRND_REFLECTION, flag.mjRND_SKYBOX):
@@ -156,13 +175,7 @@ def render_check() -> np.ndarray:
     model = mujoco.MjModel.from_xml_string(_CHECK)
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)
-    try:
-        painter = Painter(model, "front", 64, fast=True)
-    except Exception as error:  # the OpenGL layers raise errors of many unrelated types
-        raise PerennialError(
-            f"MuJoCo cannot draw with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): "
-            "install the Debian package libosmesa6 or unset MUJOCO_GL."
-        ) from error
+    painter = Painter(model, "front", 64, fast=True)
     try:
         return painter.paint(data)
     finally:

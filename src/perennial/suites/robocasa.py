@@ -97,7 +97,7 @@ class RoboCasa(base.Suite):
 
         version = installed_version("robocasa")
         if version is None:
-            return [Check("RoboCasa", "warning", "not installed", "install it from its repository, see docs/suites.md")]
+            return [Check("RoboCasa", "warning", "not installed", "install it by the commands in docs/suites.md")]
         return [Check("RoboCasa", "ok", version)]
 
 
@@ -108,9 +108,8 @@ def _wrapper() -> Any:
         from robocasa.wrappers.gym_wrapper import RoboCasaGymEnv
     except ImportError as error:
         raise PerennialError(
-            f"RoboCasa cannot be imported ({error}): install it from its repository with `pip install "
-            "git+https://github.com/ARISE-Initiative/robosuite` and a clone of https://github.com/robocasa/robocasa, "
-            "then run `python -m robocasa.scripts.download_kitchen_assets`."
+            f"RoboCasa cannot be imported ({error}); it is on no package registry, so install it from its repository "
+            "by the commands in docs/suites.md."
         ) from error
     return RoboCasaGymEnv
 
