@@ -96,23 +96,34 @@ def merge_checkpoints(
     settings = Settings(mergeable, len(models) - 1, density, drop, seed)
     copied, left_out = _companions(models[0])
     require_space(out, sum(map(_size, (*models[0].files, *copied))))
-    of_name = {name: group_of(name, groups) for name in names}
     with Merge(models, method, settings, alphas) as merge, whole_folder(out) as folder:
         for path in copied:
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
         hashes = merge.write(folder, on_progress or (lambda done, total: None))
-        report = MergeReport(
-            out,
-            tensors=len(names),
-            changed=len(merge.changed),
-            size=sum(map(_size, models[0].files)),
-            alpha_by_group={group: alphas[name] for name, group in of_name.items()},
-            tensors_by_group=dict(Counter(of_name.values())),
-            left_out=left_out,
-        )
+        report = _report(out, models[0], alphas, groups, len(merge.changed), left_out)
         record = _provenance(report, models, hashes, method, settings)
         (folder / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _report(
+    out: Path,
+    base: Model,
+    alphas: Mapping[str, float],
+    groups: Mapping[str, str],
+    changed: int,
+    left_out: tuple[str, ...],
+) -> MergeReport:
+    of_name = {name: group_of(name, groups) for name in base.entries}
+    return MergeReport(
+        out,
+        tensors=len(of_name),
+        changed=changed,
+        size=sum(map(_size, base.files)),
+        alpha_by_group={group: alphas[name] for name, group in of_name.items()},
+        tensors_by_group=dict(Counter(of_name.values())),
+        left_out=left_out,
+    )
 
 
 def _open(base: Path, finetuned: Sequence[Path]) -> list[Model]:

@@ -143,19 +143,12 @@ def read_config(folder: Path, settings: Settings, chunk: int, empty_token_id: in
     path = folder / "config.json"
     published = read_json(path)
     text = published.get("text_config") or {}
-    towers = settings.towers or TOWERS.get(tuple(published.get("timm_model_ids") or ()))
-    if towers is None or text.get("model_type", "llama") != "llama" or text.get("rope_scaling"):
-        raise PerennialError(
-            f"{path} describes {published.get('vision_backbone_id')!r} with {published.get('llm_backbone_id')!r}, but "
-            "OpenVLA here is 'dinosiglip-vit-so-224px' with a Llama-2; choose such a checkpoint."
-        )
+    towers = _known_towers(path, published, settings)
     if settings.empty_token and empty_token_id is None:
         raise PerennialError(
             f"The tokenizer in {folder} has no token '▁'; set \"empty_token\": false in {folder / SETTINGS}."
         )
     towers = _normalised(folder, towers)
-    width = text.get("hidden_size", 4096)
-    heads = text.get("num_attention_heads", 32)
     vocabulary = text.get("vocab_size", 32000)
     try:
         return OpenVLAOFTConfig(
@@ -164,15 +157,7 @@ def read_config(folder: Path, settings: Settings, chunk: int, empty_token_id: in
             dino=towers.dino,
             siglip=towers.siglip,
             projector_width=4 * (towers.dino.width + towers.siglip.width),
-            language=Language(
-                width=width,
-                layers=text.get("num_hidden_layers", 32),
-                heads=heads,
-                key_value_heads=text.get("num_key_value_heads") or heads,
-                mlp_width=text.get("intermediate_size", 11008),
-                rms_norm_eps=text.get("rms_norm_eps", 1e-6),
-                rope_theta=text.get("rope_theta", 10000.0),
-            ),
+            language=_language(text),
             vocab_size=vocabulary - published["pad_to_multiple_of"],
             embedding_rows=vocabulary,
             action_bins=published["n_action_bins"],
@@ -190,6 +175,36 @@ def read_config(folder: Path, settings: Settings, chunk: int, empty_token_id: in
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise PerennialError(f"{path} cannot be read ({error!r}); copy or download the folder again.") from error
+
+
+def _known_towers(path: Path, published: Mapping[str, Any], settings: Settings) -> Towers:
+    """The vision towers that the config.json at `path` names.
+
+    Raises:
+        PerennialError: the architecture is not OpenVLA's.
+    """
+    text = published.get("text_config") or {}
+    towers = settings.towers or TOWERS.get(tuple(published.get("timm_model_ids") or ()))
+    if towers is None or text.get("model_type", "llama") != "llama" or text.get("rope_scaling"):
+        raise PerennialError(
+            f"{path} describes {published.get('vision_backbone_id')!r} with {published.get('llm_backbone_id')!r}, but "
+            "OpenVLA here is 'dinosiglip-vit-so-224px' with a Llama-2; choose such a checkpoint."
+        )
+    return towers
+
+
+def _language(text: Mapping[str, Any]) -> Language:
+    """The Llama that a `text_config` describes; what it leaves out is that of Llama-2 7B."""
+    heads = text.get("num_attention_heads", 32)
+    return Language(
+        width=text.get("hidden_size", 4096),
+        layers=text.get("num_hidden_layers", 32),
+        heads=heads,
+        key_value_heads=text.get("num_key_value_heads") or heads,
+        mlp_width=text.get("intermediate_size", 11008),
+        rms_norm_eps=text.get("rms_norm_eps", 1e-6),
+        rope_theta=text.get("rope_theta", 10000.0),
+    )
 
 
 def _normalised(folder: Path, towers: Towers) -> Towers:

@@ -1,0 +1,104 @@
+"""`perennial evaluate` on runs and checkpoints of the toy suite."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from perennial import cli, experiment
+from perennial.evaluation import standalone
+from perennial.learning.optimizer import AdamWConfig
+from perennial.rollout.workers import WorkerConfig
+from perennial.storage.cells import Cell
+from perennial.storage.run_folder import RunFolder
+from perennial.strategies.expansion import Expansion
+from toyhouse.runs import TOY, toy_config
+
+TASKS = ("left", "right", "up-left")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """Learning takes every core; give the other tests their one thread back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Drawing the report takes most of the time of a toy run."""
+    monkeypatch.setattr(experiment.page, "write", lambda path: path / "report" / "index.html")
+
+
+@pytest.fixture(scope="module")
+def config(toy_checkpoint):
+    return toy_config(toy_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    return experiment.start(config, "toy", tmp_path_factory.mktemp("runs") / "toy")
+
+
+@pytest.mark.parametrize(("after", "row"), [(0, 0), (1, 1), (-1, 2)])
+@pytest.mark.parametrize(("temperature", "decoder"), [(1.0, "sampled"), (0.0, "greedy")])
+def test_a_standalone_evaluation_agrees_with_the_matrix(run, capsys, after, row, temperature, decoder):
+    cli.main(["evaluate", str(run), "--json", f"--after={after}", "--episodes=6", f"--temperature={temperature}"])
+    told = json.loads(capsys.readouterr().out)["tasks"]
+    cells = RunFolder.open(run).cells()
+    assert [entry["task"] for entry in told] == list(TASKS)
+    for entry in told:
+        assert entry["n"] == 6
+        assert entry["value"] == pytest.approx(np.mean(cells[Cell(row, decoder, "id", entry["task"])].successes))
+        assert entry["low"] <= entry["value"] <= entry["high"]
+
+
+def test_a_standalone_evaluation_lets_the_strategy_choose_the_weights(config, tmp_path, capsys, no_report):
+    eager = replace(config.recipe[0], iterations=4, optimizer=AdamWConfig(learning_rate=5e-2, warmup_steps=1))
+    evaluation = replace(config.evaluation, episodes=40, decoders=("sampled",))
+    changes = {"recipe": (eager,), "strategies": (Expansion(),), "evaluation": evaluation}
+    run = experiment.start(replace(config, **changes), "toy", tmp_path / "expansion")
+    capsys.readouterr()
+    told = {}
+    for after in (1, 2):
+        cli.main(["evaluate", str(run), "--json", f"--after={after}"])
+        told |= {(after, entry["task"]): entry["value"] for entry in json.loads(capsys.readouterr().out)["tasks"]}
+    for (row, task), value in told.items():
+        outcome = RunFolder.open(run).cell(Cell(row, "sampled", "id", task))
+        assert value == pytest.approx(np.mean(outcome.successes))
+    # The adapter of the first task still acts there, whatever was learned later.
+    assert told[1, "left"] == told[2, "left"]
+    assert told[1, "right"] != told[2, "right"]
+
+
+def test_a_standalone_evaluation_takes_a_bare_checkpoint(run, toy_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(standalone, "WorkerConfig", lambda: WorkerConfig("inline", slots=8))
+    options = [f"--suite={TOY}", f"--policy={TOY}", "--tasks", "right", "left", "--episodes=6", "--json"]
+    cli.main(["evaluate", str(toy_checkpoint), *options])
+    told = json.loads(capsys.readouterr().out)["tasks"]
+    cells = RunFolder.open(run).cells()
+    assert [(entry["task"], entry["value"]) for entry in told] == [
+        (task, pytest.approx(np.mean(cells[Cell(0, "sampled", "id", task)].successes))) for task in ("right", "left")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--after=3", r"--after is 3; it must be -1 \(the newest\) to 2"),
+        ("--after=-2", r"--after is -2; it must be -1"),
+        ("--tasks=lefft", r"'lefft'\. Did you mean left"),
+        ("--variant=od_test", r"'od_test'\. Did you mean ood_test"),
+        ("--episodes=0", r"--episodes is 0, but it must be above 0"),
+        ("--temperature=-1", r"--temperature is -1\.0, but it must be 0 or more"),
+    ],
+)
+def test_an_evaluation_that_cannot_work_is_refused(run, option, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["evaluate", str(run), option])
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
