@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from perennial.merging.groups import Coefficients, by_name
 from perennial.policies.base import Policy
+from perennial.policies.lora import base_name
 
 
 def snapshot(policy: Policy) -> dict[str, Tensor]:
@@ -56,6 +58,14 @@ def between(old: Mapping[str, Tensor], new: Mapping[str, Tensor], weight: Callab
         elif ".lora_" not in name:
             found[name] = torch.lerp(old[name].float(), new[name].float(), weight(name))
     return found
+
+
+def between_groups(
+    policy: Policy, old: Mapping[str, Tensor], new: Mapping[str, Tensor], coefficients: Coefficients
+) -> dict[str, Tensor]:
+    """`between` with a weight for each group of the policy's parameters."""
+    alpha = by_name(policy.groups, coefficients)
+    return between(old, new, lambda name: alpha[base_name(name)])
 
 
 def average_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], alpha: float) -> tuple[Tensor, Tensor]:

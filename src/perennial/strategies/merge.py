@@ -10,8 +10,7 @@ from torch import Tensor
 
 from perennial.errors import PerennialError
 from perennial.policies.base import Policy
-from perennial.policies.lora import base_name
-from perennial.strategies._weights import between, prefixed, restore, snapshot, unprefixed
+from perennial.strategies._weights import between_groups, prefixed, restore, snapshot, unprefixed
 from perennial.strategies.base import Collect, Strategy
 from perennial.suites.base import Task
 
@@ -51,14 +50,9 @@ class Merge(Strategy):
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Average, so that the next task starts from there."""
-        learned = snapshot(policy)
-        group_of = {name: group for group, names in policy.groups.items() for name in names}
-
-        def weight(name: str) -> float:
-            own: float | None = getattr(self, group_of[base_name(name)])
-            return self.alpha if own is None else own
-
-        restore(policy, between(self.start, learned, weight))
+        own = (self.vision, self.language, self.action)
+        vision, language, action = (self.alpha if alpha is None else alpha for alpha in own)
+        restore(policy, between_groups(policy, self.start, snapshot(policy), (vision, language, action)))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights that the present task started from."""

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, race, winner
-from perennial.merging.groups import GROUPS, Coefficients, by_name, grid
+from perennial.merging.groups import GROUPS, Coefficients, grid
 from perennial.policies.base import Policy
-from perennial.policies.lora import base_name
-from perennial.strategies._weights import between, prefixed, restore, snapshot, unprefixed
+from perennial.strategies._weights import between, between_groups, prefixed, restore, snapshot, unprefixed
 from perennial.strategies.base import Collect, Strategy
 from perennial.suites.base import Task
 
@@ -97,8 +96,7 @@ class Retain(Strategy):
         judged = [task.name] if self.judged == "new" else [*self.chosen, task.name]
 
         def take(number: int) -> None:
-            alpha = by_name(policy.groups, candidates[number])
-            restore(policy, between(self.start, learned, lambda name: alpha[base_name(name)]))
+            restore(policy, between_groups(policy, self.start, learned, candidates[number]))
 
         def play(number: int, rounds: range) -> np.ndarray:
             take(number)
