@@ -88,17 +88,18 @@ def test_what_was_killed_goes_on_and_ends_with_the_same_weights(demonstrations, 
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
 
 
-def test_a_commit_that_was_cut_off_is_not_gone_on_from(demonstrations, tmp_path, monkeypatch):
+def test_a_commit_that_was_cut_off_leaves_the_one_before(demonstrations, tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "COMMIT_STEPS", 4)
     asked = {"steps": 12, "episodes": 0}
     pretraining.pretrain(options(demonstrations, tmp_path / "whole", **asked), Console(quiet=True))
-    killed_at(monkeypatch, 9)
+    steps = killed_at(monkeypatch, 9)
     with pytest.raises(Killed):
         pretraining.pretrain(options(demonstrations, tmp_path / "out", **asked), Console(quiet=True))
     commit = tmp_path / "out.unfinished" / "commit"
     commit.rename(commit.with_name(".commit.former.1.partial"))  # as between the two renames of a commit
     commit.with_name(".commit.new.1.partial").mkdir()
     pretraining.pretrain(options(demonstrations, tmp_path / "out", **asked), Console(quiet=True))
+    assert len(steps) == 10 + 4
     model = "model.safetensors"
     assert (tmp_path / "out" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
 
