@@ -16,7 +16,8 @@ def machine(monkeypatch):
     """Says which libraries and device nodes there are."""
 
     def describe(libraries, gpu):
-        monkeypatch.delenv("MUJOCO_GL", raising=False)
+        monkeypatch.setenv("MUJOCO_GL", "")  # remembered, so that what is chosen does not reach other tests
+        monkeypatch.delenv("MUJOCO_GL")
         monkeypatch.setattr(_mujoco, "_loadable", lambda backend: backend in libraries)
         monkeypatch.setattr(_mujoco.Path, "exists", lambda path: gpu and str(path) == "/dev/nvidia0")
 
