@@ -30,9 +30,9 @@ from perennial.learning.base import gradient_step
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.planning import estimate
-from perennial.planning.estimate import Use
+from perennial.planning.estimate import Stage, Use
 from perennial.planning.gpus import GPU, RESERVED
-from perennial.policies import _anatomy, _openvla_anatomy
+from perennial.policies import _activations, _anatomy, _openvla_anatomy
 from perennial.policies._openvla_settings import TOWERS
 from perennial.policies._placement import recompute_blocks
 from perennial.policies.base import Batch
@@ -45,6 +45,7 @@ from perennial.testing.openvla_checkpoint import write_openvla_checkpoint
 from perennial.testing.policy_conformance import example_observation
 
 ROOT = Path(__file__).parent.parent
+ONE_ROW = Stage(rows=1)
 BATCHES, RANK, TEMPERATURE, UPDATE_ROWS, PEER_MICRO_BATCH = (1, 8, 64), 32, 1.6, 128, 8
 PUBLISHED_TEXT = {
     "hidden_size": 4096,
@@ -83,16 +84,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def count() -> dict[str, Any]:
     """Operations, bytes and memory of the 7B model in bfloat16."""
     anatomy = _openvla_anatomy.read(None, 8, SAID, one_by_one=False)
-    use = Use(anatomy, RANK, dtype="bfloat16", micro_batch=1)
+    use = Use(anatomy, RANK, dtype="bfloat16", stages=(ONE_ROW,))
     updates = {name: replace(use, recompute=name == "checkpointing") for name in ("plain", "checkpointing")}
     return {
         "parameters": _anatomy.parameters(anatomy),
         "acting": [{"batch": rows, **_work(use, rows)} for rows in BATCHES],
         "updates": {
             name: {
-                "model_flops": _anatomy.update_operations(anatomy, one.learning, hardware=False),
-                "hardware_flops": _anatomy.update_operations(anatomy, one.learning),
-                "kept_bytes": _anatomy.kept(anatomy, one.learning),
+                "model_flops": _anatomy.update_operations(anatomy, one.learning(ONE_ROW), hardware=False),
+                "hardware_flops": _anatomy.update_operations(anatomy, one.learning(ONE_ROW)),
+                "kept_bytes": _activations.kept(anatomy, one.learning(ONE_ROW)),
                 "always_bytes": estimate.memory(one).always,
             }
             for name, one in updates.items()
@@ -121,7 +122,7 @@ def measure(tiny: bool, repeats: int) -> dict[str, Any]:
         path = _checkpoint(Path(folder) / "openvla", tiny)
         policy = OpenVLAOFT.load(path, torch.bfloat16, device)
         anatomy = OpenVLAOFT.anatomy(path, SAID)
-        use = Use(anatomy, RANK, dtype="bfloat16", actors=0)
+        use = Use(anatomy, RANK, dtype="bfloat16", stages=(Stage(rows=rows),), actors=0)
         acting = [_acting(policy, use, card, clock, count) for count in batches]
         updates = {}
         for name in ("plain", "checkpointing"):
@@ -220,7 +221,7 @@ def _acting(policy: OpenVLAOFT, use: Use, card: GPU, clock: Clock, rows: int) ->
 
 def largest_micro_batch(use: Use, room: float, rows: int) -> int:
     """The most rows, halved from `rows`, whose update fits into `room` bytes beside what lies there."""
-    while rows > 1 and estimate.memory(replace(use, micro_batch=rows)).update > room:
+    while rows > 1 and estimate.memory(use.capped(rows)).update > room:
         rows //= 2
     return rows
 
@@ -237,8 +238,8 @@ def _update(policy: OpenVLAOFT, use: Use, card: GPU, clock: Clock, rows: int) ->
         observation, chunk.sample, ones > 0, TEMPERATURE, chunk.log_prob, advantage=ones[:, 0], weight=ones / rows
     )
     free = torch.cuda.mem_get_info()[0] - RESERVED if clock.device == "cuda" else psutil.virtual_memory().available
-    use = replace(use, micro_batch=largest_micro_batch(use, free, rows))
-    config = AdamWConfig(learning_rate=2e-5, micro_batch=use.micro_batch)
+    use = use.capped(largest_micro_batch(use, free, rows))
+    config = AdamWConfig(learning_rate=2e-5, micro_batch=use.rows)
     optimizer = build_optimizer(policy, Strategies(), config)
 
     def step() -> None:
@@ -246,10 +247,10 @@ def _update(policy: OpenVLAOFT, use: Use, card: GPU, clock: Clock, rows: int) ->
 
     seconds = clock.seconds(step, max(1, clock.repeats // 3))
     optimizer.zero_grad()
-    model = rows * _anatomy.update_operations(use.anatomy, use.learning, hardware=False)
+    model = rows * _anatomy.update_operations(use.anatomy, use.learning(ONE_ROW), hardware=False)
     return {
         "rows": rows,
-        "micro_batch": use.micro_batch,
+        "micro_batch": use.rows,
         "seconds": seconds,
         "samples_per_second": rows / seconds,
         "model_flops": model,

@@ -19,6 +19,7 @@ from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.grpo import GRPO
 from perennial.learning.ppo import PPO
+from perennial.planning.check import fit_micro_batches
 from perennial.reports.record import read
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
 from perennial.storage.cells import Cell
@@ -69,7 +70,7 @@ def snapshot(folder: Path):
 def test_the_run_folder_holds_what_it_promises(run, config):
     header = json.loads((run / "run.json").read_text())
     assert (header["format"], header["preset"]) == (1, "toy")
-    assert overrides.from_json(Config, header["config"]) == config
+    assert overrides.from_json(Config, header["config"]) == fit_micro_batches(config)
     assert header["environment"]
     assert sorted(p.name for p in (run / "tasks").iterdir()) == ["01-left", "02-right"]
     for folder in ((run / "tasks" / "01-left"), max((run / "commits").iterdir())):

@@ -21,6 +21,7 @@ from perennial.config import Config, PolicyChoice
 from perennial.doctor import describe_machine
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.stage import Iteration, learn, learner_threads
+from perennial.planning.check import fit_micro_batches
 from perennial.policies.lora import set_trainable
 from perennial.reports import page, video
 from perennial.rollout.trajectory import Episode, Trajectory
@@ -33,9 +34,11 @@ from perennial.suites.base import Task
 def start(config: Config, preset: str, path: Path | None) -> Path:
     """Start a run in a new folder and see it through; returns the folder.
 
-    What depends on this machine or place is written down as it is now: the number of workers, the checkpoint's path.
+    What depends on this machine or place is written down as it is now: the number of workers, the checkpoint's path,
+    micro-batches that fit into the memory.
     """
     config = replace(config, workers=sized(config.workers), policy=_settled(config.policy))
+    config = fit_micro_batches(config)
     path = path or RunFolder.free_path(f"{preset}-seed{config.seed}")
     with RunFolder.create(path, preset, configuration.to_json(config), describe_machine()) as folder:
         _run(config, folder)

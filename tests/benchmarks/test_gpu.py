@@ -2,7 +2,6 @@
 
 import importlib
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,11 +41,11 @@ def test_the_page_in_the_documentation_is_what_is_counted(gpu):
 
 def test_the_micro_batch_is_the_largest_that_fits(gpu):
     anatomy = gpu._openvla_anatomy.read(None, 8, gpu.SAID, one_by_one=False)
-    use = gpu.Use(anatomy, 32, dtype="bfloat16")
+    use = gpu.Use(anatomy, 32, dtype="bfloat16", stages=(gpu.Stage(rows=1000),))
     for room in (5e9, 40e9):
         rows = gpu.largest_micro_batch(use, room, 128)
-        assert estimate.memory(replace(use, micro_batch=rows)).update <= room
-        assert estimate.memory(replace(use, micro_batch=2 * rows)).update > room
+        assert estimate.memory(use.capped(rows)).update <= room
+        assert estimate.memory(use.capped(2 * rows)).update > room
     assert gpu.largest_micro_batch(use, 1e15, 128) == 128
 
 

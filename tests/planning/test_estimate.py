@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from perennial.planning import estimate
-from perennial.planning.estimate import Use, Work
+from perennial.planning.estimate import Stage, Use, Work
 from perennial.planning.gpus import GPUS
 from perennial.policies import _anatomy
 from perennial.policies._anatomy import Anatomy, Layer, Visit
@@ -15,19 +15,19 @@ from perennial.policies.pi0 import PI0
 
 SENTENCE = "pick up the black bowl next to the plate and put it on the plate"
 BY_NAME = {gpu.name: gpu for gpu in GPUS}
-OFT = Use(OpenVLAOFT.anatomy(None, SENTENCE), rank=32, dtype="bfloat16", micro_batch=8, slots=8)
+OFT = Use(OpenVLAOFT.anatomy(None, SENTENCE), rank=32, dtype="bfloat16", stages=(Stage(8),), slots=8)
 
 
 def test_the_published_openvla_takes_what_its_users_report():
     """7.5 G numbers; acting about 16 GB, LoRA r = 32 about 25 GB at batch 1 and 62 GB at batch 8 (OpenVLA-OFT's README,
     whose model keeps a second view and checkpoints nothing)."""
-    one = replace(OFT, micro_batch=1, actors=0)
+    one = replace(OFT, stages=(Stage(1),), actors=0)
     assert _anatomy.parameters(OFT.anatomy) == pytest.approx(7.5e9, rel=0.02)
-    assert _anatomy.adapter_parameters(OFT.anatomy, OFT.learning) == pytest.approx(110e6, rel=0.15)
+    assert _anatomy.adapter_parameters(OFT.anatomy, OFT.learning(Stage())) == pytest.approx(110e6, rel=0.15)
     assert estimate.memory(one).weights == pytest.approx(15e9, rel=0.03)
     used = estimate.memory(one)
     assert 18e9 < used.always + used.update < 25e9
-    eight = estimate.memory(replace(one, micro_batch=8))
+    eight = estimate.memory(replace(one, stages=(Stage(8),)))
     assert 40e9 < eight.always + eight.update < 62e9
 
 
@@ -48,7 +48,7 @@ TOY = Anatomy((Layer("vision", 1000, 1000, Visit(10), Visit(10), bias=False),), 
 
 
 def test_memory_is_the_sum_of_its_parts():
-    found = estimate.memory(Use(TOY, rank=4, micro_batch=2, slots=3, actors=2))
+    found = estimate.memory(Use(TOY, rank=4, stages=(Stage(2),), slots=3, actors=2))
     assert found.weights == 4 * 1_000_005
     assert found.actors == 2 * found.weights
     assert found.adapter == 4 * 8000
@@ -79,19 +79,19 @@ def test_autoregressive_decoding_reads_the_language_model_for_every_token():
 def test_time_is_work_over_rates():
     gpu = BY_NAME["A100 80 GB"]
     use = Use(TOY, 4, dtype="bfloat16", slots=1)
-    found = estimate.time(use, gpu, Work(decisions=30, evaluated=70, rows=200, env_steps=1000), 0.5, 50.0)
+    found = estimate.time(use, gpu, Work(decisions=30, evaluated=70, rows=(200,), env_steps=1000), 0.5, 50.0)
     assert found.simulating == 20
     assert found.acting == pytest.approx(100 * estimate.decision_seconds(use, gpu, 1, 0.5))
     adapter = 3 * 2 * 4 * 2000 * 10
     assert found.learning == pytest.approx(200 * (2 * 2e6 * 10 + adapter) / (0.5 * gpu.rate))
     assert found.total == found.simulating + found.acting + found.learning
-    again = estimate.time(replace(use, rank=None), gpu, Work(0, 0, 200, 0), 0.5, 50.0)
+    again = estimate.time(replace(use, rank=None), gpu, Work(0, 0, (200,), 0), 0.5, 50.0)
     assert again.learning == pytest.approx(200 * 3 * 2e6 * 10 / (0.5 * gpu.rate))
 
 
 def test_switches_are_turned_until_it_fits_and_no_further():
     assert estimate.switches(OFT, BY_NAME["H100 80 GB"].room) == ()
-    heavy = replace(OFT, dtype="float32", micro_batch=64, actors=4)
+    heavy = replace(OFT, dtype="float32", stages=(Stage(64),), actors=4)
     for gpu in GPUS:
         found = estimate.switches(heavy, gpu.room)
         if found is None:
@@ -109,7 +109,7 @@ def test_switches_are_turned_until_it_fits_and_no_further():
 
 
 def test_the_switches_found_make_it_fit_however_many_it_takes():
-    heavy = replace(OFT, rank=None, dtype="float32", micro_batch=64, actors=4)
+    heavy = replace(OFT, rank=None, dtype="float32", stages=(Stage(64),), actors=4)
     for lighter in [heavy, *(lighter for _, lighter in estimate.remedies(heavy))]:
         room = estimate.memory(lighter).peak
         assert estimate.memory(estimate.apply(heavy, estimate.switches(heavy, room))).peak <= room
@@ -118,6 +118,6 @@ def test_the_switches_found_make_it_fit_however_many_it_takes():
 def test_checkpointing_keeps_less_and_computes_more():
     again = replace(OFT, recompute=True)
     assert estimate.memory(again).kept < 0.12 * estimate.memory(OFT).kept
-    work = Work(0, 0, 1000, 0)
+    work = Work(0, 0, (1000,), 0)
     plain, slower = (estimate.time(use, GPUS[0], work, 1, 1).learning for use in (OFT, again))
     assert 1.4 * plain < slower < 1.5 * plain

@@ -8,7 +8,7 @@ from middle_policies import POLICIES, ROWS, anatomy_of, batch_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from perennial.policies import _anatomy, _openvla_anatomy, _pi0_anatomy
+from perennial.policies import _activations, _anatomy, _openvla_anatomy, _pi0_anatomy
 from perennial.policies._anatomy import Learning
 from perennial.policies._openvla_oft_model import OpenVLAOFTModel
 from perennial.policies._pi0_model import PI0Network
@@ -53,6 +53,38 @@ def test_arithmetic_is_that_of_torchs_own_counter(name, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "rank", "groups"),
+    [
+        ("openvla_oft", 2, ("action",)),
+        ("openvla_oft", None, ("language",)),
+        ("openvla_oft", 2, ("vision", "action")),
+        ("pi0", None, ("action",)),
+        ("pi0", 2, ("vision",)),
+    ],
+)
+def test_frozen_groups_cost_no_more_than_they_have_to(name, groups, rank, tmp_path):
+    """Operations of torch's counter and what autograd keeps, where the gradient ends early or only passes through."""
+    policy = POLICIES[name]()
+    anatomy, batch = anatomy_of(policy, tmp_path), batch_of(policy)
+    if rank:
+        add_adapter(policy, LoRA(rank=rank), 0)
+    set_trainable(policy, groups)
+    learning = Learning(rank, groups=groups)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        policy.log_prob(batch).sum().backward()
+    expected = ROWS * _anatomy.update_operations(anatomy, learning)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.1)
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    with kept_for_backward() as sizes:
+        log_prob = policy.log_prob(batch)
+    measured = sum(size for address, size in sizes.items() if address not in weights)
+    assert ROWS * _activations.kept(anatomy, learning) == pytest.approx(measured, rel=0.15), log_prob.shape
+    learned = sum(parameter.numel() for parameter in policy.trainable().values())
+    counted = _anatomy.adapter_parameters(anatomy, learning, groups) if rank else _anatomy.parameters(anatomy, groups)
+    assert counted == pytest.approx(learned, rel=0.01)
+
+
+@pytest.mark.parametrize(
     ("rank", "dtype", "recompute"),
     [
         (8, torch.float32, False),
@@ -77,5 +109,5 @@ def test_what_the_update_keeps_is_what_autograd_keeps(name, rank, dtype, recompu
     with kept_for_backward() as sizes:
         log_prob = policy.log_prob(batch)
     measured = sum(size for address, size in sizes.items() if address not in weights)
-    estimated = ROWS * _anatomy.kept(anatomy, Learning(rank, bytes=dtype.itemsize, recompute=recompute))
+    estimated = ROWS * _activations.kept(anatomy, Learning(rank, bytes=dtype.itemsize, recompute=recompute))
     assert estimated == pytest.approx(measured, rel=0.12), log_prob.shape

@@ -13,7 +13,7 @@ from perennial.learning.base import gradient_step
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.planning import estimate
-from perennial.planning.estimate import Use
+from perennial.planning.estimate import Stage, Use
 from perennial.policies._placement import recompute_blocks
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.strategies._composition import Strategies
@@ -61,7 +61,7 @@ def measured_and_estimated(name, rank, dtype, recompute, tmp_path, repeats=4):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # makes the moments
     optimizer.zero_grad()
-    use = Use(anatomy, rank, (), str(dtype).removeprefix("torch."), recompute, micro_batch=rows)
+    use = Use(anatomy, rank, (), str(dtype).removeprefix("torch."), recompute, stages=(Stage(rows),))
     return peak_bytes(update), estimate.memory(use).update
 
 

@@ -16,7 +16,7 @@ OPTIMIZER = {
     "decay_steps": 30_000,
     "final_learning_rate": 2.5e-6,
     "max_grad_norm": 1.0,
-    "micro_batch": 64,
+    "micro_batch": None,
 }
 TARGETS = [
     ("stove", {}, 500, 0.9),

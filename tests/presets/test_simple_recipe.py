@@ -36,7 +36,7 @@ OPTIMIZER = {
     "decay_steps": 0,
     "final_learning_rate": 0.0,
     "max_grad_norm": 1.0,
-    "micro_batch": 32,
+    "micro_batch": None,
 }
 
 

@@ -59,6 +59,10 @@ class Objective(ABC):
         """Rows that one update passes forward and backward at most, where `decisions` were played for it."""
         return decisions
 
+    def step_rows(self, decisions: int) -> int:
+        """Rows of one optimiser step at most, where `decisions` were played for the update."""
+        return self.rows(decisions)
+
     @abstractmethod
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """The episodes to play before the update named by `key`; none for learning from demonstrations."""
@@ -102,7 +106,7 @@ def gradient_step(
     """
     optimizer.zero_grad(set_to_none=True)
     metrics: Metrics = {"loss": 0.0, "penalty": 0.0}
-    for part in batch.parts(config.micro_batch):
+    for part in batch.parts(config.rows):
         total, figures = loss(policy, part)
         metrics["loss"] += float(total.detach())
         penalty = strategies.penalty(policy, part)
@@ -113,7 +117,7 @@ def gradient_step(
         total.backward()  # type: ignore[no-untyped-call]
         for name, value in figures.items():
             metrics[name] = metrics.get(name, 0.0) + value
-    for replayed in strategies.replay_losses(policy, rng, len(batch), config.micro_batch):
+    for replayed in strategies.replay_losses(policy, rng, len(batch), config.rows):
         metrics["penalty"] += float(replayed.detach())
         replayed.backward()  # type: ignore[no-untyped-call]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]

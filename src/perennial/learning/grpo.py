@@ -11,6 +11,7 @@ Default budget and learning rate are those of the small policy; presets hold the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -68,6 +69,10 @@ class GRPO(Objective):
     def rows(self, decisions: int) -> int:
         """`epochs` passes over every decision."""
         return self.epochs * decisions
+
+    def step_rows(self, decisions: int) -> int:
+        """A pass over every decision in `minibatches` steps."""
+        return math.ceil(decisions / self.minibatches)
 
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """`groups` x `group_size` episodes; groups are dealt to `tasks` and initial states in turn."""

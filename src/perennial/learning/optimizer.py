@@ -13,6 +13,9 @@ from perennial.policies.base import Policy
 from perennial.strategies._composition import Strategies
 from perennial.strategies.base import ParameterGroup
 
+MOST_ROWS = 256
+"""Of a micro-batch that is chosen by the free memory."""
+
 
 @dataclass(frozen=True)
 class AdamWConfig:
@@ -26,7 +29,8 @@ class AdamWConfig:
             the learning rate to `final_learning_rate`, where it stays; 0 keeps it constant.
         final_learning_rate: see `decay_steps`.
         max_grad_norm: gradients are scaled down to this global norm.
-        micro_batch: rows in one forward and backward pass.
+        micro_batch: rows in one forward and backward pass; None takes as many as fit into the free memory, up to
+            `MOST_ROWS`. Gradients add up to the same but for rounding.
     """
 
     learning_rate: float = 1e-3
@@ -37,7 +41,12 @@ class AdamWConfig:
     decay_steps: int = 0
     final_learning_rate: float = 0.0
     max_grad_norm: float = 1.0
-    micro_batch: int = 256
+    micro_batch: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """The micro-batch, or the most that it may become."""
+        return self.micro_batch or MOST_ROWS
 
     def check(self) -> None:
         """See that the schedule makes sense.

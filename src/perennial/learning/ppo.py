@@ -18,6 +18,7 @@ everything below the head.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -82,6 +83,10 @@ class PPO(Objective):
         """`epochs` passes over every decision."""
         return self.epochs * decisions
 
+    def step_rows(self, decisions: int) -> int:
+        """A pass over every decision in `minibatches` steps."""
+        return math.ceil(decisions / self.minibatches)
+
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """`rollouts` episodes, dealt to `tasks` and initial states in turn."""
         return deal(tasks, key, self.rollouts, 1, self.initial_states, self.temperature)
@@ -112,7 +117,7 @@ class PPO(Objective):
         of the discounted returns, 1 at best, and 0 where these do not vary.
         """
         batch = to_batch(trajectories, policy.token_steps)
-        values = _values(policy, batch, self.optimizer.micro_batch)
+        values = _values(policy, batch, self.optimizer.rows)
         ends = np.cumsum([len(t.steps) for t in trajectories])
         rewards = np.zeros(len(batch))
         rewards[ends - 1] = [t.reward for t in trajectories]

@@ -56,6 +56,10 @@ class SFT(Objective):
         """`steps` x `batch_size`."""
         return self.steps * self.batch_size
 
+    def step_rows(self, decisions: int) -> int:
+        """`batch_size`."""
+        return self.batch_size
+
     def episodes(self, tasks: tuple[Task, ...], key: Key) -> list[Episode]:
         """None: the experience is recorded already."""
         return []

@@ -1,6 +1,8 @@
-"""Refuses a run that needs more memory than there is, before its weights are loaded."""
+"""Chooses open micro-batches by the free memory, and refuses a run that needs more than there is, before it loads."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import psutil
 import torch
@@ -8,8 +10,25 @@ import torch
 from perennial.config import Config
 from perennial.errors import PerennialError
 from perennial.planning import estimate
+from perennial.planning.estimate import Use
 from perennial.planning.gpus import RESERVED
 from perennial.planning.reading import option, read_anatomy, use_of
+
+
+def fit_micro_batches(config: Config, room: float | None = None) -> Config:
+    """`config` with every micro-batch decided: those left open are halved until the run fits into `room` bytes.
+
+    Which one it became is part of what a run does, as it decides how gradients are rounded. Of a policy that does not
+    describe its network, nothing is known, and the most is taken.
+    """
+    use = _use(config)
+    rows = [stage.optimizer.rows for stage in config.recipe]
+    if use is not None:
+        room = _free(config.policy.device) if room is None else room
+        rows = [stage.rows for stage in estimate.fitted(use, room).stages]
+    decided = zip(config.recipe, rows, strict=True)
+    recipe = tuple(replace(stage, optimizer=replace(stage.optimizer, micro_batch=each)) for stage, each in decided)
+    return replace(config, recipe=recipe)
 
 
 def check_memory(config: Config, room: float | None = None) -> None:
@@ -21,14 +40,13 @@ def check_memory(config: Config, room: float | None = None) -> None:
     Raises:
         PerennialError: it does not fit; says what would.
     """
-    try:
-        _, anatomy = read_anatomy(config)
-    except PerennialError:
+    use = _use(config)
+    if use is None:
         return
     device = config.policy.device
-    use = use_of(config, anatomy, on_cpu=device == "cpu")
     if room is None:
         room = _free(device)
+    use = estimate.fitted(use, room)
     chosen = estimate.switches(use, room)
     if chosen == ():
         return
@@ -43,6 +61,15 @@ def check_memory(config: Config, room: float | None = None) -> None:
     lighter = estimate.memory(estimate.apply(use, chosen)).peak
     switches = " ".join(option(config, switch) for switch in chosen)
     raise PerennialError(f"{problem}; it fits with {switches}, which needs {lighter / 1e9:.3g} GB.")
+
+
+def _use(config: Config) -> Use | None:
+    """How the run uses its network, where that is known."""
+    try:
+        _, anatomy = read_anatomy(config)
+    except PerennialError:
+        return None
+    return use_of(config, anatomy, on_cpu=config.policy.device == "cpu")
 
 
 def _free(device: str) -> float:

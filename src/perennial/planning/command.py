@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,12 @@ from perennial import discovery, overrides
 from perennial.config import Config
 from perennial.errors import PerennialError
 from perennial.planning import estimate
-from perennial.planning.estimate import Use, Work
-from perennial.planning.gpus import GPUS, RESERVED
+from perennial.planning.estimate import Time, Use, Work
+from perennial.planning.gpus import GPU, GPUS, RESERVED
 from perennial.planning.reading import option, read_anatomy, use_of
 from perennial.planning.work import work_of
 from perennial.policies import _anatomy
+from perennial.policies._anatomy import GROUPS, Anatomy
 from perennial.suites.base import Suite
 
 if TYPE_CHECKING:
@@ -60,49 +62,89 @@ def command(options: Plan, changes: dict[str, str], console: Console) -> None:
     use, work = use_of(config, anatomy), work_of(config, anatomy.steps)
     suite = discovery.find("suites", config.suite, Suite)
     steps = options.steps_per_second or suite.steps_per_second
+    plans = {gpu.name: _plan(config, use, work, gpu, options.share, steps) for gpu in GPUS}
+    least = use.capped(1, only_open=True)
     if options.json:
-        print(json.dumps(as_json(use, work, options.share, steps)))
+        print(json.dumps(_as_json(least, work, plans)))
         return
     console.print(_title(config, folder, use), highlight=False, soft_wrap=True)
-    console.print(_memory_table(use))
-    table, notes = _gpu_table(config, use, work, options.share, steps)
+    console.print(_memory_table(least))
+    table, notes = _gpu_table(plans)
+    _add_this_cpu(table, config, anatomy)
     console.print(table)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
-    console.print(_assumptions(use, work, options.share, steps), highlight=False)
+    console.print(_assumptions(work, options.share, steps), highlight=False)
 
 
-def as_json(use: Use, work: Work, share: float, steps: float) -> dict[str, object]:
+@dataclass(frozen=True)
+class OnGPU:
+    """A run on one type of GPU.
+
+    Attributes:
+        switches: to be turned so that it fits, as on the command line.
+        rows: of the largest micro-batch; this and the rest with the switches turned.
+        decision: seconds of one decision alone.
+        time: of the whole run.
+    """
+
+    switches: tuple[str, ...]
+    rows: int
+    decision: float
+    time: Time
+
+
+def _plan(config: Config, use: Use, work: Work, gpu: GPU, share: float, steps: float) -> OnGPU | None:
+    """None where no switch makes it fit."""
+    found = estimate.settled(use, gpu.room)
+    if found is None:
+        return None
+    chosen, lighter = found
+    return OnGPU(
+        tuple(option(config, switch) for switch in chosen),
+        lighter.rows,
+        estimate.decision_seconds(lighter, gpu, LATENCY_ROWS, share),
+        estimate.time(lighter, gpu, work, share, steps),
+    )
+
+
+def _as_json(use: Use, work: Work, plans: Mapping[str, OnGPU | None]) -> dict[str, object]:
     """The plan for programs; bytes and seconds."""
-    found = {}
-    for gpu in GPUS:
-        lighter = estimate.switches(use, gpu.room)
-        seconds = estimate.time(use, gpu, work, share, steps)
-        found[gpu.name] = {
-            "switches": lighter,
-            "decision_seconds": estimate.decision_seconds(use, gpu, LATENCY_ROWS, share),
-            **asdict(seconds),
+    gpus = {
+        name: plan
+        and {
+            "switches": plan.switches,
+            "micro_batch": plan.rows,
+            "decision_seconds": plan.decision,
+            **asdict(plan.time),
+            "total": plan.time.total,
         }
+        for name, plan in plans.items()
+    }
+    memory = estimate.memory(use)
     return {
         "parameters": _anatomy.parameters(use.anatomy),
-        "adapter_parameters": _anatomy.adapter_parameters(use.anatomy, use.learning),
-        "memory": asdict(estimate.memory(use)) | {"peak": estimate.memory(use).peak},
+        "adapter_parameters": use.adapter,
+        "memory": asdict(memory) | {"peak": memory.peak},
         "work": asdict(work),
-        "gpus": found,
+        "gpus": gpus,
     }
 
 
 def _title(config: Config, folder: Path | None, use: Use) -> str:
-    total, adapter = _anatomy.parameters(use.anatomy), _anatomy.adapter_parameters(use.anatomy, use.learning)
-    learns = f"an adapter of {_count(adapter)} learns" if use.rank else "all of them learn"
+    learns = f"an adapter of {_count(use.adapter)} learns" if use.rank else "all of them learn"
+    total = _count(_anatomy.parameters(use.anatomy))
+    frozen = [group for group in GROUPS if not any(group in stage.learns for stage in use.stages)]
+    learns += f" ({' and '.join(frozen)} frozen)" if frozen else ""
     where = f"of {config.policy.checkpoint}"
     if folder is None:
         where = f"of the published size, as {config.policy.checkpoint!r} is not on this machine"
-    return f"[bold]{config.policy.name}[/bold] {escape(where)}: {_count(total)} parameters, {learns}.\n"
+    return f"[bold]{config.policy.name}[/bold] {escape(where)}: {total} parameters, {learns}.\n"
 
 
 def _memory_table(use: Use) -> Table:
-    table = Table(title=f"Memory in GB: updates of {use.micro_batch} rows, acting on {use.slots} at once")
+    rows = f"{use.rows} rows" if not any(stage.open for stage in use.stages) else "as few rows as can be"
+    table = Table(title=f"Memory in GB: updates of {rows}, acting on {use.slots} at once")
     table.add_column("")
     variants = [
         replace(use, dtype=dtype, recompute=again) for dtype in ("float32", "bfloat16") for again in (False, True)
@@ -118,41 +160,46 @@ def _memory_table(use: Use) -> Table:
     return table
 
 
-def _gpu_table(config: Config, use: Use, work: Work, share: float, steps: float) -> tuple[Table, list[str]]:
+def _gpu_table(plans: Mapping[str, OnGPU | None]) -> tuple[Table, list[str]]:
     """The table, and the switches that its numbers stand for."""
     table = Table(title="Where it fits, and how long it takes at most")
-    for name in ("", "fits", "decision", "acting", "simulators", "updates", "all"):
-        table.add_column(name, justify="left" if name in ("", "fits") else "right", no_wrap=not name)
+    for name in ("", "fits", "rows", "decision", "acting", "simulators", "updates", "all"):
+        table.add_column(
+            name, justify="left" if name in ("", "fits") else "right", no_wrap=name in ("", "fits", "rows")
+        )
     notes: list[str] = []
-    for gpu in GPUS:
-        found = estimate.switches(use, gpu.room)
-        if found is None:
-            table.add_row(gpu.name, "no")
+    for name, plan in plans.items():
+        if plan is None:
+            table.add_row(name, "no")
             continue
-        words = " ".join(option(config, switch) for switch in found)
+        words = " ".join(plan.switches)
         if words and words not in notes:
             notes.append(words)
-        lighter = estimate.apply(use, found)
-        seconds = estimate.time(lighter, gpu, work, share, steps)
-        parts = (seconds.acting, seconds.simulating, seconds.learning, seconds.total)
-        latency = estimate.decision_seconds(lighter, gpu, LATENCY_ROWS, share)
+        time = plan.time
+        parts = (plan.decision, time.acting, time.simulating, time.learning, time.total)
         verdict = f"with ({notes.index(words) + 1})" if words else "yes"
-        table.add_row(gpu.name, verdict, *map(_duration, (latency, *parts)))
-    here = estimate.memory(use_of(config, use.anatomy, on_cpu=True)).peak
-    free = psutil.virtual_memory().available
-    table.add_section()
-    table.add_row("this CPU", "yes" if here <= free else f"no, {_gigabytes(free)} GB free")
+        table.add_row(name, verdict, str(plan.rows), *map(_duration, parts))
     return table, [f"({number}) {words}" for number, words in enumerate(notes, 1)]
 
 
-def _assumptions(use: Use, work: Work, share: float, steps: float) -> str:
+def _add_this_cpu(table: Table, config: Config, anatomy: Anatomy) -> None:
+    free = psutil.virtual_memory().available
+    use = estimate.fitted(use_of(config, anatomy, on_cpu=True), free)
+    table.add_section()
+    if estimate.memory(use).peak <= free:
+        table.add_row("this CPU", "yes", str(use.rows))
+    else:
+        table.add_row("this CPU", f"no, {_gigabytes(free)} GB free")
+
+
+def _assumptions(work: Work, share: float, steps: float) -> str:
     return (
         f"Assumed: {share:.0%} of a GPU's matrix rate in acting and learning, its full bandwidth where reading weights "
         f"takes longer; {steps:,.0f} environment steps a second of each worker, pictures not counted; one "
         "phase after another. An upper bound: every episode lasts to its horizon and every decision has a gradient "
-        f"({work.decisions:,.0f} decisions to learn from, {work.evaluated:,.0f} of evaluation, {work.rows:,.0f} rows "
-        f"of updates). Of a GPU {_gigabytes(RESERVED)} GB are left to CUDA. What strategies and a gate "
-        "add and simulators' memory are not counted."
+        f"({work.decisions:,.0f} decisions to learn from, {work.evaluated:,.0f} of evaluation, {sum(work.rows):,.0f} "
+        f"rows of updates). Rows are those of a micro-batch. Of a GPU {_gigabytes(RESERVED)} GB are left to CUDA. What "
+        "strategies and a gate add and simulators' memory are not counted."
     )
 
 

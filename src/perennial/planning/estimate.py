@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from perennial.planning.gpus import GPU
-from perennial.policies import _anatomy
-from perennial.policies._anatomy import Anatomy, Learning
+from perennial.policies import _activations, _anatomy
+from perennial.policies._anatomy import GROUPS, Anatomy, Learning
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MICRO_BATCH = "--recipe.*.optimizer.micro_batch"
+"""A switch of every stage; see `perennial.planning.reading.option`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The updates of a recipe's stage.
+
+    Attributes:
+        rows: of a micro-batch.
+        step: rows of an optimiser step, where there may be fewer.
+        learns: groups of parameters.
+        open: the rows are the most that may be taken; as many are as fit.
+    """
+
+    rows: int = 256
+    step: float = math.inf
+    learns: tuple[str, ...] = GROUPS
+    open: bool = False
+
+    @property
+    def taken(self) -> int:
+        """Rows in one forward and backward pass."""
+        return int(min(self.rows, self.step))
 
 
 @dataclass(frozen=True)
@@ -21,7 +46,7 @@ class Use:
         rank: of the adapter, None where every parameter learns; `rank_by_group` where it differs.
         dtype: of the base weights.
         recompute: gradient checkpointing.
-        micro_batch: rows in one forward and backward pass.
+        stages: of the recipe.
         slots: rows in one forward pass of acting.
         actors: processes that act on the device; each holds weights of its own beside the learner's.
         shared: the actors share one copy of the weights (on the CPU).
@@ -32,15 +57,29 @@ class Use:
     rank_by_group: tuple[tuple[str, int], ...] = ()
     dtype: str = "float32"
     recompute: bool = False
-    micro_batch: int = 256
+    stages: tuple[Stage, ...] = (Stage(),)
     slots: int = 16
     actors: int = 1
     shared: bool = False
 
+    def learning(self, stage: Stage) -> Learning:
+        """What of the network learns in `stage`."""
+        return Learning(self.rank, dict(self.rank_by_group), BYTES[self.dtype], self.recompute, stage.learns)
+
     @property
-    def learning(self) -> Learning:
-        """What of the network learns."""
-        return Learning(self.rank, dict(self.rank_by_group), BYTES[self.dtype], self.recompute)
+    def adapter(self) -> int:
+        """Numbers in the adapter."""
+        return _anatomy.adapter_parameters(self.anatomy, self.learning(Stage()))
+
+    @property
+    def rows(self) -> int:
+        """The most rows in one forward and backward pass."""
+        return max(stage.taken for stage in self.stages)
+
+    def capped(self, rows: int, only_open: bool = False) -> Use:
+        """The same with at most `rows` rows in one forward and backward pass, in all stages or in open ones."""
+        stages = (replace(s, rows=min(s.rows, rows)) if s.open or not only_open else s for s in self.stages)
+        return replace(self, stages=tuple(stages))
 
 
 @dataclass(frozen=True)
@@ -86,22 +125,48 @@ class Memory:
 
 
 def memory(use: Use) -> Memory:
-    """The memory that `use` takes."""
-    size, learning = BYTES[use.dtype], use.learning
+    """The memory that `use` takes, in the stage that takes the most."""
+    return max((_memory(use, stage) for stage in use.stages), key=lambda found: found.peak)
+
+
+def _memory(use: Use, stage: Stage) -> Memory:
+    size, learning = BYTES[use.dtype], use.learning(stage)
     base = _anatomy.parameters(use.anatomy) * size
-    adapter = _anatomy.adapter_parameters(use.anatomy, learning) * 4
-    learned = base if use.rank is None else adapter
+    if use.rank is None:
+        learned = _anatomy.parameters(use.anatomy, stage.learns) * size
+    else:
+        learned = _anatomy.adapter_parameters(use.anatomy, learning, stage.learns) * 4
     return Memory(
         weights=base,
-        adapter=adapter,
+        adapter=use.adapter * 4,
         moments=2 * learned,
         actors=base * (1 if use.shared else use.actors),
         broadcast=base,
-        acting=use.actors * use.slots * _anatomy.acting_bytes(use.anatomy, size),
+        acting=use.actors * use.slots * _activations.acting_bytes(use.anatomy, size),
         gradients=learned,
-        kept=use.micro_batch * _anatomy.kept(use.anatomy, learning),
-        passing=use.micro_batch * _anatomy.passing(use.anatomy, learning),
+        kept=stage.taken * _activations.kept(use.anatomy, learning),
+        passing=stage.taken * _activations.passing(use.anatomy, learning),
     )
+
+
+def settled(use: Use, room: float) -> tuple[tuple[str, ...], Use] | None:
+    """The `switches` that make `use` fit, and how it is used then; None where none helps."""
+    tight = fitted(use, room)
+    chosen = switches(tight, room)
+    if chosen is None:
+        return None
+    lighter = apply(tight, chosen)
+    pairs = zip(use.stages, lighter.stages, strict=True)
+    loose = replace(lighter, stages=tuple(before if before.open else now for before, now in pairs))
+    return chosen, fitted(loose, room)
+
+
+def fitted(use: Use, room: float) -> Use:
+    """`use` with open stages at as many rows, halved from what they have, as fit into `room` bytes; at least one."""
+    rows = max((stage.rows for stage in use.stages if stage.open), default=1)
+    while rows > 1 and memory(use.capped(rows, only_open=True)).peak > room:
+        rows //= 2
+    return use.capped(rows, only_open=True)
 
 
 def remedies(use: Use) -> Iterator[tuple[str, Use]]:
@@ -112,15 +177,15 @@ def remedies(use: Use) -> Iterator[tuple[str, Use]]:
     if use.dtype == "float32":
         use = replace(use, dtype="bfloat16")
         yield "--policy.dtype bfloat16", use
-    while use.micro_batch > 8:
-        use = replace(use, micro_batch=use.micro_batch // 2)
-        yield f"--recipe.*.optimizer.micro_batch {use.micro_batch}", use
+    while use.rows > 8:
+        use = use.capped(use.rows // 2)
+        yield f"{MICRO_BATCH} {use.rows}", use
     if not use.recompute:
         use = replace(use, recompute=True)
         yield "--policy.checkpointing true", use
-    while use.micro_batch > 1:
-        use = replace(use, micro_batch=use.micro_batch // 2)
-        yield f"--recipe.*.optimizer.micro_batch {use.micro_batch}", use
+    while use.rows > 1:
+        use = use.capped(use.rows // 2)
+        yield f"{MICRO_BATCH} {use.rows}", use
     while use.slots > 1:
         use = replace(use, slots=use.slots // 2)
         yield f"--workers.slots {use.slots}", use
@@ -152,13 +217,13 @@ class Work:
 
     Attributes:
         decisions: made while learning; `evaluated`: while evaluating.
-        rows: that updates pass forward and backward.
+        rows: that the updates of each stage pass forward and backward.
         env_steps: of all episodes.
     """
 
     decisions: float
     evaluated: float
-    rows: float
+    rows: tuple[float, ...]
     env_steps: float
 
 
@@ -204,8 +269,12 @@ def time(use: Use, gpu: GPU, work: Work, share: float, steps_per_second: float) 
     """
     rate = share * gpu.matrix_rate(use.dtype)
     each = decision_seconds(use, gpu, use.slots, share) / use.slots
+    learning = (
+        rows * _anatomy.update_operations(use.anatomy, use.learning(stage))
+        for rows, stage in zip(work.rows, use.stages, strict=True)
+    )
     return Time(
         acting=(work.decisions + work.evaluated) * each,
         simulating=work.env_steps / (steps_per_second * use.actors),
-        learning=work.rows * _anatomy.update_operations(use.anatomy, use.learning) / rate,
+        learning=sum(learning) / rate,
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from perennial import config as configuration
 from perennial import discovery
 from perennial.config import Config
 from perennial.errors import PerennialError
-from perennial.planning.estimate import Use
+from perennial.learning.base import Objective
+from perennial.planning.estimate import MICRO_BATCH, Stage, Use
 from perennial.policies._anatomy import Anatomy
 from perennial.policies.base import Policy
 from perennial.rollout.workers import sized
@@ -54,14 +56,38 @@ def use_of(config: Config, anatomy: Anatomy, on_cpu: bool = False) -> Use:
         rank_by_group=tuple(adapter.rank_by_group.items()) if adapter else (),
         dtype=config.policy.dtype or anatomy.dtype,
         recompute=config.policy.checkpointing,
-        micro_batch=max(stage.optimizer.micro_batch for stage in config.recipe),
+        stages=tuple(_stage(config, stage, anatomy.steps) for stage in config.recipe),
         slots=workers.slots,
         actors=1 if workers.backend == "inline" else workers.count,
         shared=on_cpu,
     )
 
 
+def _stage(config: Config, stage: Objective, steps: int) -> Stage:
+    """The updates of `stage`."""
+    step = max(stage.step_rows(decisions(config, stage, phase, steps)) for phase in config.phases)
+    return Stage(stage.optimizer.rows, step, stage.learns, open=stage.optimizer.micro_batch is None)
+
+
+def decisions(config: Config, stage: Objective, phase: tuple[str, ...], steps: int) -> int:
+    """Decisions that `stage` plays for one update in `phase` if every episode lasts to its horizon."""
+    return sum(math.ceil(horizon / steps) for horizon in horizons(config, stage, phase))
+
+
+def horizons(config: Config, stage: Objective, phase: tuple[str, ...]) -> list[int]:
+    """Environment steps of the episodes that `stage` plays for one update in `phase`."""
+    suite = discovery.find("suites", config.suite, Suite)()
+    tasks = tuple(suite.tasks[name] for name in phase)
+    return [suite.tasks[episode.task].horizon for episode in stage.episodes(tasks, ("count", 0))]
+
+
 def option(config: Config, switch: str) -> str:
-    """A switch of `estimate.remedies` as it is written on the command line for `config`."""
-    names = dict.fromkeys(stage.name for stage in config.recipe)
-    return " ".join(switch.replace("*", name) for name in names) if "*" in switch else switch
+    """A switch of `estimate.remedies` as it is written on the command line for `config`.
+
+    A micro-batch is named for the stages whose own is larger.
+    """
+    name, value = switch.split()
+    if name != MICRO_BATCH:
+        return switch
+    larger = dict.fromkeys(stage.name for stage in config.recipe if stage.optimizer.rows > int(value))
+    return " ".join(f"{name.replace('*', stage)} {value}" for stage in larger)

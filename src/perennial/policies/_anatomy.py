@@ -1,14 +1,16 @@
-"""What a network is made of, and what follows from it: parameters, arithmetic, and the memory of one pass.
+"""What a network is made of, and what follows from it: parameters and arithmetic; `_activations` has the memory.
 
 An `Anatomy` is read from a config alone, so everything here is known before a weight is loaded. The counts follow the
-code that runs: transformers' blocks with SDPA attention, and PEFT's adapters, whose float32 layers keep a float32 copy
-of their input beside bfloat16 weights.
+code that runs: transformers' blocks with SDPA attention, and PEFT's adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+
+GROUPS = ("vision", "language", "action")
+"""Of parameters, in the order in which the gradient leaves them."""
 
 
 @dataclass(frozen=True)
@@ -121,30 +123,28 @@ class Learning:
     """What of a network learns, and how.
 
     Attributes:
-        rank: of the adapter; None where every parameter learns.
+        rank: of the adapter; None where the base weights learn.
         rank_by_group: where it differs.
         bytes: of one base weight and of one activation: 4 or 2.
         recompute: gradient checkpointing.
+        groups: that learn; the others are frozen.
     """
 
     rank: int | None
     rank_by_group: Mapping[str, int] = field(default_factory=dict)
     bytes: int = 4
     recompute: bool = False
+    groups: tuple[str, ...] = GROUPS
 
     def rank_of(self, group: str) -> int:
         """The adapter's rank in a group, 0 without adapter."""
         return 0 if self.rank is None else self.rank_by_group.get(group, self.rank)
 
-    @property
-    def copied(self) -> bool:
-        """Whether adapters keep float32 copies of what goes into them."""
-        return self.rank is not None and self.bytes < 4
 
-
-def parameters(anatomy: Anatomy) -> int:
-    """Numbers in the base weights."""
-    return sum(anatomy.other.values()) + sum(map(weights, anatomy.parts))
+def parameters(anatomy: Anatomy, groups: Collection[str] = GROUPS) -> int:
+    """Numbers in the base weights of `groups`."""
+    other = sum(anatomy.other.get(group, 0) for group in groups)
+    return other + sum(weights(part) for part in anatomy.parts if part.group in groups)
 
 
 def weights(part: Layer | Blocks) -> int:
@@ -156,11 +156,11 @@ def weights(part: Layer | Blocks) -> int:
     return part.layers * (linear + norms + (2 * part.width if part.scaled else 0))
 
 
-def adapter_parameters(anatomy: Anatomy, learning: Learning) -> int:
-    """Numbers in the adapter: rank x (in + out) for every linear layer."""
+def adapter_parameters(anatomy: Anatomy, learning: Learning, groups: Collection[str] = GROUPS) -> int:
+    """Numbers in the adapter of `groups`: rank x (in + out) for every linear layer."""
     total = 0
     for part in anatomy.parts:
-        rank = learning.rank_of(part.group)
+        rank = learning.rank_of(part.group) if part.group in groups else 0
         if isinstance(part, Layer):
             total += 0 if part.frozen else rank * (part.into + part.out)
         else:
@@ -221,7 +221,8 @@ def update_operations(anatomy: Anatomy, learning: Learning, hardware: bool = Tru
     """Floating-point operations of one row's forward and backward pass.
 
     The backward pass takes as many as the forward pass for the gradients of what went into a product, and as many again
-    where both factors have one: in attention, in adapters, and in layers whose weights learn.
+    where both factors have one: in attention, in adapters, and in layers whose weights learn. It ends at the first part
+    that learns.
 
     Args:
         anatomy: of the network.
@@ -230,11 +231,19 @@ def update_operations(anatomy: Anatomy, learning: Learning, hardware: bool = Tru
             utilisation counts.
     """
     total = 0.0
+    reached = False
     for part in anatomy.parts:
+        learns = part.group in learning.groups
+        reached = reached or learns
         for visit in visits(part, False):
-            passes = 1.0 if isinstance(part, Layer) and part.frozen else 2.0 if learning.rank else 3.0
-            once = passes * _linear(part, visit) + 3.0 * (_attention(part, visit) + _adapted(part, visit, learning))
-            if hardware and learning.recompute and isinstance(part, Blocks) and part.recomputed:
+            back = reached and not (isinstance(part, Layer) and part.frozen)
+            # A block that is run for its keys and values alone is run as a whole.
+            forward = visit if visit.positions else Visit(visit.new, visit.new)
+            once = arithmetic(part, forward) + _adapted(part, forward, learning)
+            if back:
+                once += (2.0 if learns and learning.rank is None else 1.0) * _linear(part, visit)
+                once += 2.0 * _attention(part, visit) + (1.0 + learns) * _adapted(part, visit, learning)
+            if hardware and back and learning.recompute and isinstance(part, Blocks) and part.recomputed:
                 once += _perceptron_arithmetic(part, visit) if part.gemma else arithmetic(part, visit)
             total += visit.times * once
     return total
@@ -242,112 +251,3 @@ def update_operations(anatomy: Anatomy, learning: Learning, hardware: bool = Tru
 
 def _perceptron_arithmetic(part: Blocks, visit: Visit) -> float:
     return 2.0 * (3 if part.gated else 2) * part.width * part.mlp_width * visit.positions * part.layers
-
-
-def kept(anatomy: Anatomy, learning: Learning) -> int:
-    """Bytes that the update keeps of one row for its backward pass."""
-    return sum(_kept(part, learning) for part in anatomy.parts)
-
-
-def _kept(part: Layer | Blocks, learning: Learning) -> int:
-    if isinstance(part, Layer):
-        return part.learning.times * _kept_by_layer(part, part.learning, learning)
-    return sum(visit.times * _kept_by_blocks(part, visit, learning) for visit in part.learning)
-
-
-def _kept_by_layer(layer: Layer, visit: Visit, learning: Learning) -> int:
-    if layer.frozen:
-        return 0
-    size = 4 if learning.copied else learning.bytes
-    rank = learning.rank_of(layer.group)
-    return visit.positions * (size * layer.into + 4 * rank + (learning.bytes * layer.out if layer.activated else 0))
-
-
-def _kept_by_blocks(blocks: Blocks, visit: Visit, learning: Learning) -> int:
-    norm = (4 if learning.rank else 8) * blocks.width * visit.positions if blocks.normed else 0
-    if not (learning.recompute and blocks.recomputed):
-        return norm + blocks.layers * _kept_by_block(blocks, visit, learning)
-    inside = learning.bytes * blocks.width * visit.positions
-    if blocks.gemma:
-        inside += _kept_by_attention(blocks, visit, learning)
-    return norm + blocks.layers * inside
-
-
-def _kept_by_block(blocks: Blocks, visit: Visit, learning: Learning) -> int:
-    return _kept_by_attention(blocks, visit, learning) + _kept_by_perceptron(blocks, visit, learning)
-
-
-def _kept_by_attention(blocks: Blocks, visit: Visit, learning: Learning) -> int:
-    """Bytes kept of the norms and the attention of one block and one row."""
-    size, rank, width = learning.bytes, learning.rank_of(blocks.group), blocks.width
-    query, key = blocks.query_width, blocks.key_width
-    here, new = visit.positions, visit.new
-    normed = 4 if blocks.gated else size  # RMS norms compute in float32, layer norms keep what they are given
-    total = normed * width * (new + here)
-    if learning.rank is None and blocks.gated:
-        total += (4 if blocks.gemma else size) * width * (new + here)
-    if blocks.scaled and learning.rank is None:
-        total += 2 * size * width * here
-    total += 4 * width * (here + 2 * new) if learning.copied else size * width * new
-    total += 4 * rank * (2 * here + 2 * new)
-    if here:
-        mask = here * visit.keys if blocks.gemma else 0
-        total += size * (2 * query * here + 2 * key * visit.keys + mask) + 4 * blocks.heads * here
-        total += 4 * query * here if learning.copied else 0
-    else:
-        total += 2 * size * key * new
-    return total
-
-
-def _kept_by_perceptron(blocks: Blocks, visit: Visit, learning: Learning) -> int:
-    """Bytes kept of the perceptron of one block and one row."""
-    size, rank, fans = learning.bytes, learning.rank_of(blocks.group), 2 if blocks.gated else 1
-    into = 4 * fans * blocks.width if learning.copied else size * blocks.width
-    middle = (3 if blocks.gated else 1) * size * blocks.mlp_width
-    down = (4 if learning.copied else size) * blocks.mlp_width
-    return visit.positions * (into + middle + down + 4 * rank * (fans + 1))
-
-
-def passing(anatomy: Anatomy, learning: Learning) -> int:
-    """Bytes of one row that an update holds at most beyond `kept`, of which the backward pass lets go part by part.
-
-    They are the gradients within one block, and with gradient checkpointing the block that was run again; or, at the
-    end of its forward pass, the rest of a block that is run for its keys and values alone.
-    """
-    most = so_far = 0
-    for part in anatomy.parts:
-        so_far += _kept(part, learning)
-        if isinstance(part, Blocks):
-            most = max(most, *(so_far + _moment(part, visit, learning) for visit in visits(part, False)))
-    return max(0, most - so_far)
-
-
-def _moment(blocks: Blocks, visit: Visit, learning: Learning) -> int:
-    size = learning.bytes
-    if not visit.positions:
-        whole = Visit(visit.new, visit.new)
-        return _kept_by_blocks(blocks, whole, learning) - _kept_by_blocks(blocks, visit, learning)
-    gradients = visit.positions * (2 * size + (8 if learning.copied else size)) * blocks.mlp_width
-    if not (learning.recompute and blocks.recomputed):
-        return gradients
-    if blocks.gemma:
-        return gradients + _kept_by_perceptron(blocks, visit, learning)
-    return gradients + _kept_by_block(blocks, visit, learning)
-
-
-def acting_bytes(anatomy: Anatomy, size: int) -> int:
-    """Bytes of one row while acting: a block's activations, and what is cached for later tokens.
-
-    Args:
-        anatomy: of the network.
-        size: bytes of one activation.
-    """
-    most = cached = 0
-    for part in anatomy.parts:
-        if isinstance(part, Blocks):
-            for visit in visits(part, True):
-                width = 3 * part.width + (3 if part.gated else 2) * part.mlp_width
-                most = max(most, size * visit.positions * width)
-            if any(visit.keys > visit.new for visit in part.acting):
-                cached += 2 * size * part.layers * part.key_width * max(visit.keys for visit in part.acting)
-    return most + cached

@@ -50,7 +50,7 @@ def read(folder: Path | None, chunk: int, instruction: str, one_by_one: bool, re
         regression: a head of its own reads the actions, not the language model's.
     """
     if folder is None:
-        config, dtype = published_config(chunk), "bfloat16"
+        config, dtype = published_config(chunk), "float32"
     elif _openvla_published.is_published(folder):
         settings = read_settings(folder)
         config, dtype = read_config(folder, settings, chunk, empty_token_id=0), settings.dtype

@@ -25,7 +25,7 @@ def read(folder: Path | None, instruction: str) -> Anatomy:
     """The anatomy of the checkpoint in `folder`, of which only the config is read; None takes the published size."""
     config = published_config() if folder is None else _pi0_checkpoint.read_config(folder)
     words = 1 + len(instruction.split()) * (TOKENS_PER_WORD if config.vocab_size > 10_000 else 1)
-    return describe(config, 1 + math.ceil(words), "bfloat16" if folder is None else "float32")
+    return describe(config, 1 + math.ceil(words), "float32")
 
 
 def describe(config: PI0Config, prompt: int, dtype: str) -> Anatomy:

@@ -39,7 +39,6 @@ CONFIG = Config(
                 decay_steps=30_000,
                 final_learning_rate=2.5e-6,
                 max_grad_norm=1.0,
-                micro_batch=64,
             ),
         ),
     ),

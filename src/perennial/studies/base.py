@@ -139,10 +139,15 @@ class Entry:
 
 def _agree(found: Any, wanted: Any) -> bool:
     if isinstance(found, Mapping) and isinstance(wanted, Mapping):
-        return all(key in wanted and _agree(found[key], wanted[key]) for key in found)
+        return all(key in wanted and (_agree(found[key], wanted[key]) or _decided(key, wanted[key])) for key in found)
     if isinstance(found, list) and isinstance(wanted, list):
         return len(found) == len(wanted) and all(map(_agree, found, wanted))
     return bool(found == wanted)
+
+
+def _decided(key: str, wanted: Any) -> bool:
+    """Whether the setting was left open, for the run to decide by the free memory."""
+    return key == "micro_batch" and wanted is None
 
 
 def find(name: str) -> Study:
