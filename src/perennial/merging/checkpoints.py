@@ -10,7 +10,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,19 +91,33 @@ def merge_checkpoints(
     require_new(out)
     models = _open(base, [finetuned] if isinstance(finetuned, Path) else finetuned)
     names = models[0].entries
-    alphas = coefficients(names, alpha, alpha_by_group or {}, groups, extrapolate=extrapolate)
-    mergeable = {name: a for name, a in alphas.items() if all(m.entries[name].dtype in DTYPES for m in models)}
-    settings = Settings(mergeable, len(models) - 1, density, drop, seed)
+    beside = _modules_beside(models)
+    further = (f"{module}.{name}" for module, parts in beside.items() for name in parts[0].entries)
+    every = coefficients((*names, *further), alpha, alpha_by_group or {}, groups, extrapolate=extrapolate)
+    alphas = {name: every[name] for name in names}
+    settings = Settings(_mergeable(alphas, models), len(models) - 1, density, drop, seed)
     copied, left_out = _companions(models[0])
     require_space(out, sum(map(_size, (*models[0].files, *copied))))
     with Merge(models, method, settings, alphas) as merge, whole_folder(out) as folder:
         for path in copied:
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
         hashes = merge.write(folder, on_progress or (lambda done, total: None))
-        report = _report(out, models[0], alphas, groups, len(merge.changed), left_out)
+        changed = len(merge.changed)
+        for module, parts in beside.items():
+            own = {name: every[f"{module}.{name}"] for name in parts[0].entries}
+            with Merge(parts, method, replace(settings, alpha=_mergeable(own, parts)), own) as more:
+                found = more.write(folder, lambda done, total: None)
+            changed += len(more.changed)
+            hashes = [{**before, **new} for before, new in zip(hashes, found, strict=True)]
+        report = _report(out, models[0], every, groups, changed, left_out)
         record = _provenance(report, models, hashes, method, settings)
         (folder / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _mergeable(alphas: Mapping[str, float], models: Sequence[Model]) -> dict[str, float]:
+    """The coefficients of tensors that are numbers in all models."""
+    return {name: a for name, a in alphas.items() if all(m.entries[name].dtype in DTYPES for m in models)}
 
 
 def _report(
@@ -114,7 +128,7 @@ def _report(
     changed: int,
     left_out: tuple[str, ...],
 ) -> MergeReport:
-    of_name = {name: group_of(name, groups) for name in base.entries}
+    of_name = {name: group_of(name, groups) for name in alphas}
     return MergeReport(
         out,
         tensors=len(of_name),
@@ -138,6 +152,34 @@ def _open(base: Path, finetuned: Sequence[Path]) -> list[Model]:
     return models
 
 
+def _modules_beside(models: Sequence[Model]) -> dict[str, list[Model]]:
+    """Modules that OpenVLA-OFT publishes in files of their own, `<module>--<step>_checkpoint.safetensors`, by name.
+
+    Raises:
+        PerennialError: one model has such a file and another has none; an adapter stands for its base.
+    """
+    found: dict[str, list[Model]] = {}
+    of_model = [
+        _named_files(models[0].path if isinstance(model, AdaptedCheckpoint) else model.path) for model in models
+    ]
+    for module in dict.fromkeys(name for files in of_model for name in files):
+        for model, files in zip(models, of_model, strict=True):
+            if module not in files:
+                raise PerennialError(
+                    f"{model.path} has no file {module}--*.safetensors, but another of the models has; copy it there, "
+                    "or convert its pickle by `perennial convert`."
+                )
+            found.setdefault(module, []).append(open_checkpoint(files[module]))
+        for part in found[module][1:]:
+            require_same_tensors(_shapes(found[module][0]), _shapes(part), f"model {part.path}")
+    return found
+
+
+def _named_files(folder: Path) -> dict[str, Path]:
+    """The file of each module that has one of its own."""
+    return {path.name.partition("--")[0]: path for path in sorted(folder.glob("*--*.safetensors"))}
+
+
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: entry.shape for name, entry in model.entries.items()}
 
@@ -146,7 +188,8 @@ def _companions(model: Model) -> tuple[list[Path], tuple[str, ...]]:
     """What lies beside the weights: files and folders to copy, and names of weights in other formats to leave out."""
     if model.path.is_file():
         return [], ()
-    beside = [p for p in sorted(model.path.iterdir()) if p not in model.files and not p.name.startswith(".")]
+    written = {*model.files, *_named_files(model.path).values()}
+    beside = [p for p in sorted(model.path.iterdir()) if p not in written and not p.name.startswith(".")]
     left_out = tuple(path.name for path in beside if path.suffix in OTHER_WEIGHTS)
     return [p for p in beside if p.name not in left_out], left_out
 
