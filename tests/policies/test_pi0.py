@@ -11,6 +11,7 @@ from tiny_pi0 import ACTION, STATE, STATE_DIM, tiny_policy
 from perennial.errors import PerennialError
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
+from perennial.learning.ppo import PPO
 from perennial.policies.base import Batch
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.policies.pi0 import PI0, Exploration, PI0Config, _noise
@@ -251,6 +252,42 @@ def test_grpo_makes_the_rewarded_action_more_frequent(steps):
         assert metrics["kept"] > 0
     assert 0.3 < before < 0.7
     assert rewarded(actions("evaluation", 256)).mean() > before + 0.15
+
+
+def test_a_value_is_read_from_the_first_step_of_the_greedy_decoder(policy, monkeypatch):
+    policy.add_value_head(0)
+    seen, hidden = [], policy.model.hidden
+    monkeypatch.setattr(policy.model, "hidden", lambda *given: seen.append(hidden(*given)) or seen[-1])
+    policy.act(OBSERVATION, 0.0, streams())
+    expected = policy.value_head(seen[0][:, :3].clone().mean(1))
+    batch = Batch(OBSERVATION, policy.encode(np.zeros((ROWS, 3, 3))), np.ones((ROWS, 3), bool))
+    torch.testing.assert_close(policy.value(batch), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ppo_makes_the_rewarded_action_more_frequent_and_learns_values():
+    """Episodes of one decision, rewarded where the first action's first number is above its present mean."""
+    policy = tiny_policy(exploration=Exploration("one", level=0.7))
+    add_adapter(policy, LoRA(rank=4, alpha=8), seed=0)
+    policy.add_value_head(0)
+    objective = PPO(epochs=2, minibatches=1, optimizer=AdamWConfig(learning_rate=1e-2, warmup_steps=0))
+    optimizer = build_optimizer(policy, Strategies(), objective.optimizer)
+    one = OBSERVATION.take(np.zeros(1, int))
+
+    def actions(purpose, rows=64):
+        return policy.act(one.take(np.zeros(rows, int)), 1.0, streams(rows, purpose))
+
+    bar = actions("bar", 256).actions[:, 0, 0].mean()
+    before = (actions("evaluation", 256).actions[:, 0, 0] > bar).mean()
+    losses = []
+    for iteration in range(5):
+        chunk = actions(f"iteration {iteration}")
+        rewarded = chunk.actions[:, 0, 0] > bar
+        trajectories = [trajectory(one, chunk, row, success) for row, success in enumerate(map(bool, rewarded))]
+        metrics = objective.update(policy, (), trajectories, Strategies(), optimizer, np.random.default_rng(iteration))
+        losses.append(metrics["value_loss"])
+    assert 0.3 < before < 0.7
+    assert (actions("evaluation", 256).actions[:, 0, 0] > bar).mean() > before + 0.15
+    assert losses[-1] < losses[0]
 
 
 def trajectory(observation, chunk, row, success):

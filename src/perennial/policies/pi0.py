@@ -34,6 +34,7 @@ from perennial.policies._anatomy import Anatomy
 from perennial.policies._pi0_config import Exploration, Moments, PI0Config, small_config
 from perennial.policies._placement import module_lists
 from perennial.policies._tensors import write_tensors
+from perennial.policies._value_head import new_value_head
 from perennial.policies.base import ActionChunk, Batch, Observation, Policy
 from perennial.policies.lora import unwrap
 from perennial.randomness import integer_seed, stream
@@ -118,12 +119,40 @@ class PI0(Policy):
         Raises:
             PerennialError: the batch holds demonstrations.
         """
+        return self._path_log_prob(batch, self._prefix(batch.observation), self._state(batch.observation))
+
+    def add_value_head(self, seed: int) -> None:
+        """A perceptron, in float32, on the expert's hidden state; see `value`."""
+        self.value_head = new_value_head(self.config.expert.width, seed).to(self.device)
+
+    def value(self, batch: Batch) -> Tensor:
+        """Values of the observations, float32 [N].
+
+        They are read from the expert's hidden state, the mean over the executed actions, as pi_RL reads its critic.
+        Theirs sees the noisy actions of every denoising step and is averaged over the steps. Here the expert sees the
+        mean of the noise at time 1, so that a value knows nothing of what was drawn.
+        """
+        return self._value(self._prefix(batch.observation), self._state(batch.observation))
+
+    def log_prob_and_value(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Both from one pass over images and prompt."""
+        prefix, state = self._prefix(batch.observation), self._state(batch.observation)
+        return self._path_log_prob(batch, prefix, state), self._value(prefix, state)
+
+    def _value(self, prefix: Prefix, state: Tensor) -> Tensor:
+        assert self.value_head is not None, "add_value_head comes first"
+        config = self.config
+        noise = torch.zeros(len(state), config.horizon, config.max_action_dim, device=self.device)
+        hidden = self._network.hidden(prefix, state, noise, noise.new_ones(len(state)))
+        value: Tensor = self.value_head(hidden[:, : config.executed].float().mean(1))
+        return value
+
+    def _path_log_prob(self, batch: Batch, prefix: Prefix, state: Tensor) -> Tensor:
         index, path = self._unpack(batch.sample)
         if bool((index < 0).any()):
             raise PerennialError(
                 "pi0 has no log-probability for demonstrations, only for actions that it sampled; imitate them instead."
             )
-        prefix, state = self._prefix(batch.observation), self._state(batch.observation)
         level = self._level(batch.temperature)
         total = torch.zeros(len(batch), self.config.executed, device=self.device)
         for step in range(path.shape[1] - 1 if self.config.exploration.steps == "all" else 1):

@@ -44,9 +44,10 @@ def log_probabilities_and_values_come_together(subject: Subject) -> None:
     policy = _with_values(subject)
     batch = _acted(policy, subject.observation, 1.6)
     together, apart = policy.log_prob_and_value(batch), (policy.log_prob(batch), policy.value(batch))
-    gradients = []
+    gradients, learning = [], list(optimised(policy).values())
     for log_prob, value in (together, apart):
-        gradients.append(torch.autograd.grad((log_prob.mean(1) * value).sum(), list(optimised(policy).values())))
+        loss = (log_prob.mean(1) * value).sum()
+        gradients.append(torch.autograd.grad(loss, learning, allow_unused=True, materialize_grads=True))
     for one, other in zip(together, apart, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=TOLERANCE)
     for one, other in zip(*gradients, strict=True):
