@@ -1,4 +1,4 @@
-"""Writes docs/benchmarks.md from benchmarks/results.json and benchmarks/suites.json."""
+"""Writes docs/benchmarks.md from results.json, strategies.json and suites.json in this folder."""
 
 from __future__ import annotations
 
@@ -30,15 +30,19 @@ WORDS = {
     "decisions_played": "decisions that were played",
     "decisions_trained_on": "decisions with a gradient",
     "share_of_work_saved": "share of forward and backward passes saved, with the same gradient",
-    "ewc_overhead": "share of a gradient step's processor time that EWC adds",
-    "replay_overhead": "the same for ER, beyond that of the samples it replays",
-    "dark_replay_overhead": "the same for DER",
     "commit_ms": "atomic commit of adapter and optimiser, ms",
     "cli_help_seconds": "`perennial --help`, seconds",
     "python_start_seconds": "an empty Python process, seconds",
     "peak_memory_mb": "peak memory of the learner, MB",
     "peak_worker_memory_mb": "peak memory of the largest worker, MB",
 }
+STRATEGIES = """## Strategies
+
+Measured by `python benchmarks/strategies.py` at the default configuration: by how much a strategy lengthens a gradient
+step, in **processor time**, because other work shared the machine. What replays is compared with a plain step on as
+many samples in the same micro-batches, so that replayed samples may cost what samples of the update cost. Figures are
+medians of {steps} pairs of steps that followed each other; differences of one or two percent are noise."""
+GUARDS = {"ewc": "EWC", "replay": "experience replay", "dark_replay": "dark experience replay"}
 SUITES = """## Suites
 
 Measured by `python benchmarks/suites.py SUITE TASK`, which adds its row here, in the environment of each suite, one
@@ -65,12 +69,13 @@ Memory is all of such a worker, torch included, and what it was before the suite
 
 def write() -> str:
     """Write the page and return it."""
-    text = page(*(json.loads((ROOT / "benchmarks" / name).read_text()) for name in ("results.json", "suites.json")))
+    names = ("results.json", "strategies.json", "suites.json")
+    text = page(*(json.loads((ROOT / "benchmarks" / name).read_text()) for name in names))
     (ROOT / "docs" / "benchmarks.md").write_text(text)
     return text
 
 
-def page(results: Mapping[str, Any], suites: Mapping[str, Any]) -> str:
+def page(results: Mapping[str, Any], strategies: Mapping[str, Any], suites: Mapping[str, Any]) -> str:
     """All tables as Markdown."""
     machine = results["machine"]
     lines = [
@@ -86,9 +91,24 @@ def page(results: Mapping[str, Any], suites: Mapping[str, Any]) -> str:
         "| what | measured |",
         "|---|---|",
     ]
-    for part in ("rollout", "learning", "strategies", "house"):
+    for part in ("rollout", "learning", "house"):
         lines += [f"| {WORDS[name]} | {_number(value)} |" for name, value in results.get(part, {}).items()]
-    return "\n".join([*lines, "", READING, "", *_suites(suites)]) + "\n"
+    return "\n".join([*lines, "", READING, "", *_strategies(strategies), "", *_suites(suites)]) + "\n"
+
+
+def _strategies(found: Mapping[str, Any]) -> list[str]:
+    """The table of the strategies."""
+    machine = found["machine"]
+    return [
+        STRATEGIES.format(steps=found["steps"]),
+        "",
+        "| strategy | adds to a step |",
+        "|---|---|",
+        *(f"| {GUARDS[name]} | {share:+.1%} |" for name, share in found["overhead"].items()),
+        "",
+        f"Machine: {machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
+        f"torch {machine['torch']}.",
+    ]
 
 
 def _suites(found: Mapping[str, Any]) -> list[str]:

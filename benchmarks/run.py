@@ -1,4 +1,4 @@
-"""`make bench`: measures everything in one run and writes benchmarks/results.json and docs/benchmarks.md.
+"""`make bench`: measures everything in one run and writes benchmarks/*.json and docs/benchmarks.md.
 
 python benchmarks/run.py [--repeats 5]
 """
@@ -33,10 +33,10 @@ def main() -> None:
         "repeats": repeats,
         "rollout": rollout.measure(config, repeats) | plain,
         "learning": learning.measure(config, repeats),
-        "strategies": strategies.measure(config, repeats),
         "house": house.measure(config, repeats),
     }
     (ROOT / "benchmarks" / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    strategies.write(config, repeats)
     print(page.write())
 
 

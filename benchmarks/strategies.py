@@ -1,7 +1,14 @@
-"""What guarding old skills costs in a gradient step, beyond the samples that a strategy replays."""
+"""What guarding old skills costs in a gradient step, beyond the samples that a strategy replays.
+
+python benchmarks/strategies.py [--repeats 5]
+
+It writes benchmarks/strategies.json and its part of docs/benchmarks.md; `make bench` does so with everything else.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
 import time
 from contextlib import closing
@@ -10,8 +17,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+import page
 from perennial import discovery
-from perennial.config import Config, checkpoint_folder
+from perennial.config import Config, checkpoint_folder, preset
+from perennial.doctor import describe_machine
 from perennial.learning.base import gradient_step
 from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import build_optimizer
@@ -27,11 +36,24 @@ from perennial.strategies.ewc import EWC
 from perennial.strategies.replay import Replay
 from perennial.suites.base import Suite
 
-Result = dict[str, float | str]
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description="What strategies cost in a gradient step.")
+    parser.add_argument("--repeats", type=int, default=5)
+    write(preset("demo"), parser.parse_args().repeats)
+    print(page.write())
 
 
-def measure(config: Config, repeats: int) -> Result:
-    """Share of a step's processor time that each strategy adds; 0.1 is 10 %.
+def write(config: Config, repeats: int) -> None:
+    """Measure, and write benchmarks/strategies.json."""
+    overhead, steps = measure(config, repeats)
+    found = {"machine": describe_machine(), "steps": steps, "overhead": overhead}
+    (page.ROOT / "benchmarks" / "strategies.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measure(config: Config, repeats: int) -> tuple[dict[str, float], int]:
+    """Share of a step's processor time that each strategy adds, 0.1 is 10 %, and from how many steps.
 
     A step that replays is compared with a plain one on as many rows in the same micro-batches, so that a replayed row
     may cost what a row of the update costs, and the optimiser's own work counts once. Steps to be compared follow each
@@ -80,4 +102,8 @@ def measure(config: Config, repeats: int) -> Result:
             ratio = seconds(order[:size], strategy) / plain
             if step:  # the first round only warms up
                 ratios[name].append(ratio)
-    return {f"{name}_overhead": statistics.median(values) - 1 for name, values in ratios.items()}
+    return {name: statistics.median(values) - 1 for name, values in ratios.items()}, grpo.minibatches * repeats
+
+
+if __name__ == "__main__":
+    main()

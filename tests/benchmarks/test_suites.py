@@ -63,9 +63,12 @@ def test_a_replay_takes_the_recorded_steps_and_looks_once_a_chunk(scripts):
 
 def test_the_page_shows_what_the_files_say(scripts):
     """So regenerating either part keeps the other."""
-    results, suites = (json.loads((ROOT / "benchmarks" / name).read_text()) for name in ("results.json", "suites.json"))
-    text = scripts["page"].page(results, suites)
+    names = ("results.json", "strategies.json", "suites.json")
+    results, strategies, suites = (json.loads((ROOT / "benchmarks" / name).read_text()) for name in names)
+    text = scripts["page"].page(results, strategies, suites)
     assert (ROOT / "docs" / "benchmarks.md").read_text() == text
     for suite, measured in suites.items():
         for task in measured["tasks"]:
             assert f"| `{suite}` | `{task}` |" in text
+    for name, share in strategies["overhead"].items():
+        assert f"| {scripts['page'].GUARDS[name]} | {100 * share:+.1f}% |" in text
