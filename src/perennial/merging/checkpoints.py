@@ -99,8 +99,7 @@ def merge_checkpoints(
     copied, left_out = _companions(models[0])
     require_space(out, sum(map(_size, (*models[0].files, *copied))))
     with Merge(models, method, settings, alphas) as merge, whole_folder(out) as folder:
-        for path in copied:
-            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+        _copy(copied, folder)
         hashes = merge.write(folder, on_progress or (lambda done, total: None))
         changed = len(merge.changed)
         for module, parts in beside.items():
@@ -192,6 +191,11 @@ def _companions(model: Model) -> tuple[list[Path], tuple[str, ...]]:
     beside = [p for p in sorted(model.path.iterdir()) if p not in written and not p.name.startswith(".")]
     left_out = tuple(path.name for path in beside if path.suffix in OTHER_WEIGHTS)
     return [p for p in beside if p.name not in left_out], left_out
+
+
+def _copy(paths: Sequence[Path], folder: Path) -> None:
+    for path in paths:
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
 
 
 def _size(path: Path) -> int:
