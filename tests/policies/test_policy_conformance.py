@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_openvla_oft
 import tiny_pi0
+import tiny_smolvla
 import torch
 
 from perennial.policies.openvla import OpenVLA
@@ -26,6 +27,7 @@ SUBJECTS = {
     "pi0": Subject(tiny_pi0.tiny_policy, PI0_OBSERVATION),
     "pi0, all steps": Subject(lambda: tiny_pi0.tiny_policy(exploration=Exploration("all")), PI0_OBSERVATION),
     "pi0, flow noise": Subject(lambda: tiny_pi0.tiny_policy(exploration=FLOW_NOISE), PI0_OBSERVATION),
+    "smolvla": Subject(tiny_smolvla.tiny_policy, PI0_OBSERVATION),
     "toy": Subject(ToyPolicy, example_observation(image_size=8, state_dim=2)),
 }
 
@@ -46,7 +48,7 @@ def test_conformance_of_a_published_checkpoint(check, published):
     check(Subject(partial(OpenVLA.load, published), OPENVLA_OBSERVATION))
 
 
-WITH_VALUES = ("openvla_oft", "openvla", "pi0", "pi0, all steps", "pi0, flow noise", "toy")
+WITH_VALUES = ("openvla_oft", "openvla", "pi0", "pi0, all steps", "pi0, flow noise", "smolvla", "toy")
 
 
 @pytest.mark.parametrize("name", WITH_VALUES)
@@ -55,7 +57,7 @@ def test_value_conformance(check, name):
     check(SUBJECTS[name])
 
 
-HALF = ("openvla_oft", "openvla", "pi0", "pi0, all steps")
+HALF = ("openvla_oft", "openvla", "pi0", "pi0, all steps", "smolvla")
 HALF_TOLERANCE = 0.15
 HALF_CHECKS = (
     policy_conformance.log_prob_is_that_of_acting,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,19 @@ def module_name(published: str) -> str:
 
 
 @torch.no_grad()
-def read_weights(folder: Path, network: nn.Module) -> None:
+def read_weights(
+    folder: Path,
+    network: nn.Module,
+    rename: Callable[[str], str] = module_name,
+    unused: re.Pattern[str] = UNUSED,
+) -> None:
     """Fill every parameter of `network` from the safetensors files in `folder`, one memory-mapped tensor at a time.
+
+    Args:
+        folder: of the checkpoint.
+        network: whose parameters are filled.
+        rename: gives the parameter that a tensor of a published or own file belongs to.
+        unused: finds in its name what is read by nothing.
 
     Raises:
         PerennialError: a file is damaged, or tensors are missing, unexpected or of another shape.
@@ -56,15 +67,15 @@ def read_weights(folder: Path, network: nn.Module) -> None:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise PerennialError(f"The checkpoint {folder} has no model.safetensors; copy the folder again.")
-    wanted = {module_name(name): parameter for name, parameter in network.named_parameters()}
+    wanted = {rename(name): parameter for name, parameter in network.named_parameters()}
     found: set[str] = set()
     problems: list[str] = []
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118
-                    name = module_name(key)
-                    if UNUSED.search(name):
+                    name = rename(key)
+                    if unused.search(name):
                         continue
                     shape = tuple(file.get_slice(key).get_shape())
                     if name not in wanted:
@@ -99,7 +110,7 @@ def read_config(folder: Path) -> PI0Config:
         if "pi0" in values:
             return PI0Config.from_json(values["pi0"])
         if values.get("type") == "pi0":
-            return _from_lerobot(values, *_statistics(folder))
+            return _from_lerobot(values, *statistics(folder))
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise PerennialError(f"config.json in {folder} cannot be used ({error!r}); copy the folder again.") from error
     raise PerennialError(f"config.json in {folder} describes no pi0 policy; choose a pi0 checkpoint.")
@@ -127,7 +138,7 @@ def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) ->
     )
 
 
-def _statistics(folder: Path) -> tuple[Moments, Moments]:
+def statistics(folder: Path) -> tuple[Moments, Moments]:
     """Statistics of state and action, from openpi's norm_stats.json or LeRobot's normaliser."""
     path = folder / "norm_stats.json"
     if path.is_file():

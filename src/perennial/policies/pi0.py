@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _flow, _images, _pi0_anatomy, _tokenizer
+from perennial.policies import _flow, _images, _pi0_anatomy, _pi0_checkpoint, _tokenizer
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._pi0_config import Exploration, Moments, PI0Config, small_config
 from perennial.policies._placement import module_lists
@@ -54,6 +54,7 @@ class PI0(Policy):
     """PaliGemma and an action expert that predicts H actions, of which the first C are carried out open loop."""
 
     name: ClassVar[str] = "pi0"
+    tokenizer_of: ClassVar[str] = "google/paligemma-3b-pt-224"
 
     def __init__(self, config: PI0Config, tokenizer: Tokenizer, model: PI0Network) -> None:
         self.config = config
@@ -69,7 +70,7 @@ class PI0(Policy):
         """A new policy with random weights named by `seed`."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(integer_seed(seed, "policy"))
-            return cls(config, tokenizer, _network(config))
+            return cls(config, tokenizer, cls._build(config, random=True))
 
     @classmethod
     def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
@@ -78,9 +79,7 @@ class PI0(Policy):
 
         tokenizer = _tokenizer.train_tokenizer(sentences)
         tokenizer.normalizer = Lowercase()
-        bos = int(tokenizer.token_to_id(_tokenizer.BOS) or 0)
-        config = small_config(tokenizer.get_vocab_size(), bos, _moments(states), _moments(actions))
-        return cls.create(config, tokenizer, seed)
+        return cls.create(cls._small(tokenizer, _moments(states), _moments(actions)), tokenizer, seed)
 
     @torch.inference_mode()
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
@@ -206,30 +205,28 @@ class PI0(Policy):
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Self:
-        """Load a checkpoint of ours or in the layout of LeRobot's `pi0_base`; the weights become `dtype` (float32)."""
+        """Load a checkpoint of ours or in LeRobot's layout; the weights become `dtype` (float32)."""
         from tokenizers import Tokenizer
 
-        from perennial.policies._pi0_checkpoint import read_config, read_weights
-
-        config = read_config(folder)
+        config = cls._read_config(folder)
         if not (folder / "tokenizer.json").is_file():
             raise PerennialError(
-                f"The checkpoint {folder} has no tokenizer.json; put that of google/paligemma-3b-pt-224 into it."
+                f"The checkpoint {folder} has no tokenizer.json; put that of {cls.tokenizer_of} into it."
             )
         try:
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception
             raise PerennialError(f"tokenizer.json in {folder} cannot be read ({error!r}); copy it again.") from error
-        model = _network(config, random=False)
+        model = cls._build(config, random=False)
         for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions
             parameter.data = parameter.data.to(dtype or torch.float32)
-        read_weights(folder, model)
+        cls._read_weights(folder, model)
         return cls(config, tokenizer, model.to(device))
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are)."""
         folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"policy": self.name, "pi0": self.config.to_json()}, indent=2)
+        content = json.dumps({"policy": self.name, self.name: self.config.to_json()}, indent=2)
         (folder / "config.json").write_text(content + "\n")
         self.tokenizer.save(str(folder / "tokenizer.json"))
         write_tensors(folder / "model.safetensors", self.acting_weights(), dtype)
@@ -244,6 +241,28 @@ class PI0(Policy):
         model: Any = self._network.pi0.model
         decoders = (*model.vlm.language_model.layers, *model.dit.layers)
         return (*module_lists(model.vlm.vision_tower), *(layer.mlp for layer in decoders))
+
+    @classmethod
+    def _small(cls, tokenizer: Tokenizer, state: Moments, action: Moments) -> PI0Config:
+        """The small default."""
+        bos = int(tokenizer.token_to_id(_tokenizer.BOS) or 0)
+        return small_config(tokenizer.get_vocab_size(), bos, state, action)
+
+    @classmethod
+    def _build(cls, config: PI0Config, random: bool) -> PI0Network:
+        try:
+            from perennial.policies._pi0_model import PI0Network
+        except ModuleNotFoundError as error:
+            raise PerennialError(f"pi0 needs {error.name}; install it with pip install 'perennial[vla]'.") from error
+        return PI0Network.create(config, random)
+
+    @classmethod
+    def _read_config(cls, folder: Path) -> PI0Config:
+        return _pi0_checkpoint.read_config(folder)
+
+    @classmethod
+    def _read_weights(cls, folder: Path, model: nn.Module) -> None:
+        _pi0_checkpoint.read_weights(folder, model)
 
     def _draw(self, rng: np.random.Generator) -> tuple[int, np.ndarray]:
         """The stochastic step of one row, and noise [1 + stochastic steps, H, P], the start of the flow first."""
@@ -260,16 +279,24 @@ class PI0(Policy):
         return values[:, 0].long(), path
 
     def _prefix(self, observation: Observation) -> Prefix:
+        return self._network.prefix(*self._seen(observation))
+
+    def _seen(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels in [-1, 1], prompt and its mask, as the network's `prefix` wants them."""
         config, views = self.config, observation.images.shape[1]
         if views > config.views:
             raise PerennialError(
                 f"The policy looks through at most {config.views} cameras, but the observation has {views}; "
                 "choose a checkpoint that was trained on this suite."
             )
-        prompt, mask = _prompts(self.tokenizer, observation.instructions, config)
+        prompt, mask = _padded({text: self._ids(text) for text in observation.instructions}, observation, config)
         pixels = _images.to_pixels(observation.images, config.image_size, False, self.device) * 2 - 1
-        mask_here = torch.from_numpy(mask).to(self.device)
-        return self._network.prefix(pixels, torch.from_numpy(prompt).to(self.device), mask_here)
+        return pixels, torch.from_numpy(prompt).to(self.device), torch.from_numpy(mask).to(self.device)
+
+    def _ids(self, instruction: str) -> list[int]:
+        """BOS, the instruction and a newline."""
+        words = instruction.strip().replace("_", " ").replace("\n", " ")
+        return [self.config.bos_token_id, *self.tokenizer.encode(f"{words}\n", add_special_tokens=False).ids]
 
     def _state(self, observation: Observation) -> Tensor:
         """Normalised states, padded with zeros, float32 [N, max_state_dim]."""
@@ -329,14 +356,6 @@ class PI0(Policy):
         return keys
 
 
-def _network(config: PI0Config, random: bool = True) -> PI0Network:
-    try:
-        from perennial.policies._pi0_model import PI0Network
-    except ModuleNotFoundError as error:
-        raise PerennialError(f"pi0 needs {error.name}; install it with pip install 'perennial[vla]'.") from error
-    return PI0Network.create(config, random)
-
-
 def _noise(key: str, horizon: int, width: int) -> tuple[float, np.ndarray]:
     """Time in (0, 1] and noise float32 [H, P] of one row of an imitation batch."""
     rng = stream(0, "flow matching", key)
@@ -349,26 +368,24 @@ def _moments(values: np.ndarray) -> Moments:
     return Moments(tuple(map(float, values.mean(0))), tuple(map(float, values.std(0))))
 
 
-def _prompts(tokenizer: Tokenizer, instructions: Sequence[str], config: PI0Config) -> tuple[np.ndarray, np.ndarray]:
-    """BOS, the instruction and a newline, padded on the right to the longest of the batch.
+def _padded(
+    known: Mapping[str, Sequence[int]], observation: Observation, config: PI0Config
+) -> tuple[np.ndarray, np.ndarray]:
+    """The prompts of the observation's instructions, padded on the right to the longest of them.
 
     Returns:
         ids: int64 [N, P].
         mask: bool [N, P], False at padding.
     """
-    known = {}
-    for text in dict.fromkeys(instructions):
-        words = text.strip().replace("_", " ").replace("\n", " ")
-        known[text] = [config.bos_token_id, *tokenizer.encode(f"{words}\n", add_special_tokens=False).ids]
     text, ids = max(known.items(), key=lambda item: len(item[1]))
     if len(ids) > config.max_prompt_length:
         raise PerennialError(
             f"The instruction {text!r} takes {len(ids)} tokens, but the policy reads {config.max_prompt_length}; "
             "shorten it."
         )
-    prompts = np.full((len(instructions), len(ids)), config.bos_token_id, dtype=np.int64)
+    prompts = np.full((len(observation), len(ids)), ids[0], dtype=np.int64)
     mask = np.zeros(prompts.shape, dtype=bool)
-    for row, instruction in enumerate(instructions):
+    for row, instruction in enumerate(observation.instructions):
         ids = known[instruction]
         prompts[row, : len(ids)] = ids
         mask[row, : len(ids)] = True

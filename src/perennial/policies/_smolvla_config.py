@@ -1,0 +1,131 @@
+"""The sizes of a SmolVLA checkpoint, and reading LeRobot's layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from perennial.errors import PerennialError
+from perennial.policies._pi0_checkpoint import statistics
+from perennial.policies._pi0_config import Moments, PI0Config, Transformer, Vision
+
+UNUSED = r"lm_head\.weight$|^(un)?normalize_"
+"""Tensors of published files that nothing reads: word heads and old normalisers."""
+
+
+VISION = Vision(width=768, layers=12, heads=12, mlp_width=3072, patch_size=16)
+LANGUAGE = Transformer(width=960, layers=16, mlp_width=2560, heads=15, key_value_heads=5, head_dim=64)
+EXPERT = Transformer(width=720, layers=16, mlp_width=2048, heads=15, key_value_heads=5, head_dim=64)
+
+
+@dataclass(frozen=True)
+class SmolVLAConfig(PI0Config):
+    """One SmolVLA model, of any size; defaults are those of the published `smolvla_base`, on SmolVLM2-500M.
+
+    Attributes:
+        shuffle: side of the square of patches that become one image token.
+        self_attention_every: the expert attends to actions in the first of so many layers, to the prefix in all.
+    """
+
+    vocab_size: int = 49280
+    vision: Vision = VISION
+    language: Transformer = LANGUAGE
+    expert: Transformer = EXPERT
+    image_size: int = 512
+    shuffle: int = 4
+    self_attention_every: int = 2
+
+
+def small_config(words: int, state: Moments, action: Moments, **changes: Any) -> SmolVLAConfig:
+    """The same architecture, small enough for one CPU thread.
+
+    Args:
+        words: size of the tokenizer's vocabulary.
+        state: statistics of the demonstrations' states.
+        action: statistics of the demonstrations' actions.
+        changes: fields that differ from the default.
+    """
+    heads = {"layers": 4, "heads": 4, "key_value_heads": 2, "head_dim": 32, "initializer_range": 0.05}
+    default = SmolVLAConfig(
+        state=state,
+        action=action,
+        vocab_size=words,
+        vision=Vision(width=96, layers=2, heads=3, mlp_width=384, patch_size=8),
+        language=Transformer(width=160, mlp_width=384, **heads),  # type: ignore[arg-type]
+        expert=Transformer(width=120, mlp_width=256, **heads),  # type: ignore[arg-type]
+        image_size=64,
+        views=1,
+        horizon=16,
+        executed=16,
+        max_state_dim=len(state.mean),
+        max_action_dim=len(action.mean),
+        denoising_steps=5,
+        max_prompt_length=24,
+        shuffle=2,
+    )
+    return replace(default, **changes)
+
+
+def read_config(folder: Path) -> SmolVLAConfig:
+    """The configuration of a checkpoint, ours or in the layout of LeRobot's `smolvla_base`.
+
+    Raises:
+        PerennialError: config.json or the statistics are missing, damaged or of another kind.
+    """
+    try:
+        values = json.loads((folder / "config.json").read_text())
+        if "smolvla" in values:
+            return _own(values["smolvla"])
+        if values.get("type") == "smolvla":
+            return _from_lerobot(values, *statistics(folder))
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        raise PerennialError(f"config.json in {folder} cannot be used ({error!r}); copy the folder again.") from error
+    raise PerennialError(f"config.json in {folder} describes no smolvla policy; choose a smolvla checkpoint.")
+
+
+def _own(values: Mapping[str, Any]) -> SmolVLAConfig:
+    config = SmolVLAConfig.from_json(values)
+    assert isinstance(config, SmolVLAConfig)
+    return config
+
+
+def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) -> SmolVLAConfig:
+    default = SmolVLAConfig(state, action)
+    scaling = values["normalization_mapping"]
+    wide, layers = default.language.width, values["num_vlm_layers"]
+    wanted = {
+        "normalization_mapping": ({scaling["STATE"], scaling["ACTION"]}, {"MEAN_STD"}),
+        "attention_mode": (values["attention_mode"], "cross_attn"),
+        "num_expert_layers": (max(values["num_expert_layers"], 0) or layers, layers),
+        "add_image_special_tokens": (values["add_image_special_tokens"], False),
+        "SmolVLM2-500M in vlm_model_name": ("SmolVLM2-500M" in values["vlm_model_name"], True),
+    }
+    for name, (found, known) in wanted.items():
+        if found != known:
+            raise ValueError(f"{name} is {found!r}, but only {known!r} is known")
+    narrow = int(wide * values["expert_width_multiplier"])
+    features = values["input_features"].values()
+    return replace(
+        default,
+        language=replace(default.language, layers=layers),
+        expert=replace(default.expert, width=narrow, layers=layers, mlp_width=_perceptron(narrow)),
+        image_size=values["resize_imgs_with_padding"][0],
+        views=sum(feature["type"] == "VISUAL" for feature in features),
+        horizon=values["chunk_size"],
+        executed=values["n_action_steps"],
+        max_state_dim=values["max_state_dim"],
+        max_action_dim=values["max_action_dim"],
+        denoising_steps=values["num_steps"],
+        max_prompt_length=values["tokenizer_max_length"],
+        self_attention_every=values["self_attn_every_n_layers"],
+    )
+
+
+def _perceptron(width: int) -> int:
+    """LeRobot's width of the expert's perceptron: 8/3 of its own, rounded up to a multiple of 256."""
+    return 256 * -(-int(4 * int(2 * width / 3)) // 256)

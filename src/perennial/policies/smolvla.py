@@ -1,0 +1,75 @@
+"""SmolVLA: pi-0's flow on a small vision-language model (Shukor et al., arXiv 2506.01844), by transformers' SmolVLM.
+
+Acting, log-probabilities, imitation and values are those of `PI0`. What differs is the network (see `_smolvla_model`),
+in which the state is a token of the prefix, and the prompt, which has no first token of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from perennial.errors import PerennialError
+from perennial.policies import _pi0_checkpoint, _smolvla_config
+from perennial.policies._anatomy import Anatomy
+from perennial.policies._pi0_config import Moments
+from perennial.policies._smolvla_config import UNUSED, SmolVLAConfig, small_config
+from perennial.policies.base import Observation
+from perennial.policies.pi0 import PI0
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["SmolVLA", "SmolVLAConfig", "small_config"]
+
+
+class SmolVLA(PI0):
+    """SmolVLM and an action expert that predicts H actions, of which the first C are carried out open loop."""
+
+    name: ClassVar[str] = "smolvla"
+    tokenizer_of: ClassVar[str] = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+
+    @classmethod
+    def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
+        """Not described yet."""
+        raise NotImplementedError(f"{cls.name} does not describe its network")
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The vision tower's blocks and the decoders' perceptrons."""
+        network: Any = self._network
+        return network.blocks()  # type: ignore[no-any-return]
+
+    def _prefix(self, observation: Observation) -> Any:
+        network: Any = self._network
+        return network.prefix(*self._seen(observation), self._state(observation))
+
+    def _ids(self, instruction: str) -> list[int]:
+        """The instruction and a newline."""
+        ids: list[int] = self.tokenizer.encode(f"{instruction}\n", add_special_tokens=False).ids
+        return ids
+
+    @classmethod
+    def _small(cls, tokenizer: Tokenizer, state: Moments, action: Moments) -> SmolVLAConfig:
+        return small_config(tokenizer.get_vocab_size(), state, action)
+
+    @classmethod
+    def _build(cls, config: Any, random: bool) -> Any:
+        try:
+            from perennial.policies._smolvla_model import SmolVLANetwork
+        except ModuleNotFoundError as error:
+            raise PerennialError(
+                f"smolvla needs {error.name}; install it with pip install 'perennial[vla]'."
+            ) from error
+        return SmolVLANetwork.create(config, random)
+
+    @classmethod
+    def _read_config(cls, folder: Path) -> SmolVLAConfig:
+        return _smolvla_config.read_config(folder)
+
+    @classmethod
+    def _read_weights(cls, folder: Path, model: nn.Module) -> None:
+        _pi0_checkpoint.read_weights(folder, model, lambda name: name.removeprefix("model."), re.compile(UNUSED))
