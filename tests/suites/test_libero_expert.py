@@ -134,6 +134,20 @@ def test_an_item_that_rests_on_the_goal_before_it_is_quite_there_is_let_go():
     assert progress.phase == "open"
 
 
+def test_what_sticks_to_the_item_does_not_lift_it_without_end():
+    """A dish that is held with the bowl rises with it, and would always be in the way."""
+
+    class Sticky(Table):
+        def move(self, step):
+            super().move(step)
+            self.furniture = [Thing(t.place + step, t.low + step, t.high + step) for t in self.furniture]
+
+    table = Sticky(BOWL, PLATE, [thing(BOWL.place[0], BOWL.place[1] + 0.02, 0.9, 0.09, 0.06)])
+    assert table.play(Progress())
+    assert max(low for _, low in table.lowest) < BOWL.low[2] + 0.06 + 2 * 0.04
+    np.testing.assert_allclose(table.item.place[:2], PLATE.place[:2], atol=0.015)
+
+
 @settings(max_examples=30)
 @given(st.floats(-0.3, 0.3), st.floats(-0.3, 0.3), st.floats(0.0, 0.4))
 def test_the_hand_comes_down_only_in_a_funnel_above_its_place(x, y, z):

@@ -54,6 +54,7 @@ class Progress:
         phase: "reach", "close", "carry" or "open", and `steps` since it began.
         place: where the phase begins; `offset`, from the item to the hand when it was taken.
         before: where the hand was a step ago.
+        barrier: height in metres of what the item is lifted over, when it was taken: what sticks to it rises with it.
     """
 
     phase: str = "reach"
@@ -61,6 +62,7 @@ class Progress:
     place: np.ndarray = field(default_factory=lambda: np.zeros(3))
     offset: np.ndarray = field(default_factory=lambda: np.zeros(3))
     before: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    barrier: float = 0.0
 
     def enter(self, phase: str, place: np.ndarray) -> None:
         """Begin a phase."""
@@ -96,12 +98,12 @@ def _decide(
 ) -> tuple[np.ndarray, float]:
     """Where to move the hand, in metres, and what to do with the fingers; `obstacles` include the goal."""
     there = _grasp(item, obstacles)
-    _advance(progress, hand, item, goal, there)
+    _advance(progress, hand, item, goal, obstacles, there)
     progress.steps, progress.before = progress.steps + 1, hand
     if progress.phase == "reach":
         return _towards(hand, there, item.high[2] + _ABOVE, hand), _OPEN
     if progress.phase == "carry":
-        cruise = progress.offset[2] + item.place[2] - item.low[2] + _barrier(obstacles, item, goal) + _CLEAR
+        cruise = progress.offset[2] + item.place[2] - item.low[2] + progress.barrier + _CLEAR
         return _towards(hand, _carried(hand, item, goal), cruise, progress.place), _CLOSED
     if progress.phase == "close":
         return progress.place - hand, _CLOSED
@@ -109,13 +111,15 @@ def _decide(
     return progress.place + np.array([0, 0, rise]) - hand, _OPEN
 
 
-def _advance(progress: Progress, hand: np.ndarray, item: Thing, goal: Thing, there: np.ndarray) -> None:
+def _advance(
+    progress: Progress, hand: np.ndarray, item: Thing, goal: Thing, obstacles: list[Thing], there: np.ndarray
+) -> None:
     """Begin the next phase if this one has done its work."""
     if progress.phase == "reach" and np.linalg.norm(hand - there) < _REACHED:
         progress.enter("close", there)
     elif progress.phase == "close" and progress.steps >= _GRIPPING:
         progress.enter("carry", hand)
-        progress.offset = hand - item.place
+        progress.offset, progress.barrier = hand - item.place, _barrier(obstacles, item, goal)
     elif progress.phase == "carry":
         missing = np.linalg.norm(hand - _carried(hand, item, goal))
         resting = progress.steps > _GRIPPING and np.linalg.norm(hand - progress.before) < _STILL
@@ -141,7 +145,7 @@ def _furniture(scene: Any) -> list[Thing]:
 
 
 def _barrier(obstacles: list[Thing], item: Thing, goal: Thing) -> float:
-    """Height of what the item must be lifted over: its goal, and what it is still on, in or near."""
+    """Height of what the item must be lifted over: its goal, and what it is on, in or near."""
     heights = [goal.high[2]]
     for body in obstacles:
         inside = (item.place[:2] > body.low[:2] - _LOST) & (item.place[:2] < body.high[:2] + _LOST)
