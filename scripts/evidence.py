@@ -211,7 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retain minus": lambda: split_tables(protocol.markdown(figures("retain")["protocol"], "task_ft"))[1],
     "retain sweep": sweep_table,
     "retain choice found": lambda: choice_table([0]),
-    "retain choice fresh": lambda: choice_table([2]),
+    "retain choice fresh": lambda: choice_table([1, 2]),
     "retain growth": growth_table,
 }
 
