@@ -12,9 +12,10 @@ from perennial.errors import PerennialError
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.learning.ppo import PPO
+from perennial.policies._flow_policy import _noise
 from perennial.policies.base import Batch
 from perennial.policies.lora import LoRA, add_adapter
-from perennial.policies.pi0 import PI0, Exploration, PI0Config, _noise
+from perennial.policies.pi0 import PI0, Exploration, PI0Config
 from perennial.randomness import stream
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.strategies._composition import Strategies

@@ -1,235 +1,35 @@
 """pi-0: chunks of continuous actions by flow matching (Black et al., arXiv 2410.24164), on transformers' own network.
 
-The 3B checkpoint and the small default are this class with another config. Acting moves noise along the learned flow to
-actions. At temperature 0 it starts from the noise's mean and takes Euler steps. Above, it starts from random noise, and
-one denoising step of each decision, or every one, is a Gaussian transition of Flow-SDE (pi_RL, arXiv 2510.25889), whose
-log-density is the policy's log-probability; the temperature multiplies its noise level and leaves the marginals alone.
-With Flow-Noise (see `_pi0_noise`) every step is stochastic, with deviations that are learned.
-
-A log-probability belongs to one executed action, K = C: the sum over its D numbers and over the stochastic steps. Only
-these C x D numbers of the H x P of the flow are given noise, so the K log-probabilities together are the whole density
-of the stochastic transitions. RLinf differs: it gives noise to all H x P numbers and counts C x D of them, sums over
-the chunk for one ratio per decision, averages over steps where all are stochastic, and draws one step for the batch.
-
-A sample is float32 [N, 1 + S H P]: the number of the stochastic step (0 if all are, -1 where there is no path, as in
-demonstrations), then S states of the flow: that before the step, that after it and the last (S = 3), or all of them
-from noise to actions (S = denoising steps + 1).
+The 3B checkpoint and the small default are this class with another config. How it acts and learns is in `_flow_policy`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _flow, _images, _pi0_anatomy, _pi0_checkpoint, _tokenizer
+from perennial.policies import _pi0_anatomy, _pi0_checkpoint, _tokenizer
 from perennial.policies._anatomy import Anatomy
+from perennial.policies._flow_policy import FlowPolicy
 from perennial.policies._pi0_config import Exploration, Moments, PI0Config, small_config
 from perennial.policies._placement import module_lists
-from perennial.policies._tensors import write_tensors
-from perennial.policies._value_head import new_value_head
-from perennial.policies.base import ActionChunk, Batch, Observation, Policy
-from perennial.policies.lora import unwrap
-from perennial.randomness import integer_seed, stream
+from perennial.policies.base import Observation
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from perennial.policies._pi0_model import PI0Network, Prefix
-
 __all__ = ["PI0", "Exploration", "Moments", "PI0Config", "small_config"]
 
-TIME_ALPHA, TIME_BETA, TIME_LEAST = 1.5, 1.0, 0.001
-"""Training times are TIME_LEAST + (1 - TIME_LEAST) Beta(TIME_ALPHA, TIME_BETA), as published."""
 
-
-class PI0(Policy):
+class PI0(FlowPolicy):
     """PaliGemma and an action expert that predicts H actions, of which the first C are carried out open loop."""
 
     name: ClassVar[str] = "pi0"
     tokenizer_of: ClassVar[str] = "google/paligemma-3b-pt-224"
-
-    def __init__(self, config: PI0Config, tokenizer: Tokenizer, model: PI0Network) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.model = model.eval()
-        self.groups: Mapping[str, Sequence[str]] = model.groups()
-        self.chunk_steps = config.executed
-        self.token_steps = np.arange(config.executed)
-        self.image_size = config.image_size
-
-    @classmethod
-    def create(cls, config: PI0Config, tokenizer: Tokenizer, seed: int) -> Self:
-        """A new policy with random weights named by `seed`."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(integer_seed(seed, "policy"))
-            return cls(config, tokenizer, cls._build(config, random=True))
-
-    @classmethod
-    def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
-        """The small default with random weights; see `Policy.fresh`."""
-        from tokenizers.normalizers import Lowercase
-
-        tokenizer = _tokenizer.train_tokenizer(sentences)
-        tokenizer.normalizer = Lowercase()
-        return cls.create(cls._small(tokenizer, _moments(states), _moments(actions)), tokenizer, seed)
-
-    @torch.inference_mode()
-    def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
-        """Integrate the flow; a row draws its stochastic step, its first noise and the noise of its steps, in turn."""
-        config, rows = self.config, len(observation)
-        if temperature == 0:
-            index, noise = torch.zeros(rows, dtype=torch.int64), torch.zeros(rows, 1, config.horizon, 1)
-        else:
-            drawn = [self._draw(generator) for generator in rng]
-            index = torch.tensor([step for step, _ in drawn])
-            noise = torch.from_numpy(np.stack([numbers for _, numbers in drawn]))
-        index, noise = index.to(self.device), noise.to(self.device)
-        prefix, state = self._prefix(observation), self._state(observation)
-        x = noise[:, 0].expand(-1, -1, config.max_action_dim)
-        states = [x]
-        log_prob = torch.zeros(rows, config.executed, device=self.device)
-        for step in range(config.denoising_steps):
-            now = torch.full_like(index, step)
-            chosen = (index == now) if config.exploration.steps == "one" else torch.ones_like(index, dtype=torch.bool)
-            level = self._level(temperature) * chosen[:, None, None]
-            mean, std = self._transition(prefix, state, x, now, level)
-            x = mean + std * noise[:, 1 if config.exploration.steps == "one" else 1 + step] if temperature else mean
-            states.append(x)
-            if temperature:
-                log_prob += torch.where(chosen[:, None], self._log_density(x, mean, std), 0.0)
-        path = torch.stack(states, dim=1)
-        if config.exploration.steps == "one":
-            row = torch.arange(rows, device=self.device)
-            path = torch.stack([path[row, index], path[row, index + 1], x], dim=1)
-        sample = torch.cat([index[:, None], path.flatten(1)], dim=1).cpu().numpy()
-        return ActionChunk(self.decode(sample), sample, log_prob.cpu().numpy())
-
-    def log_prob(self, batch: Batch) -> Tensor:
-        """Log-density of the stochastic transitions of each executed action, float32 [N, C].
-
-        Raises:
-            PerennialError: the batch holds demonstrations.
-        """
-        return self._path_log_prob(batch, self._prefix(batch.observation), self._state(batch.observation))
-
-    def add_value_head(self, seed: int) -> None:
-        """A perceptron, in float32, on the expert's hidden state; see `value`."""
-        self.value_head = new_value_head(self.config.expert.width, seed).to(self.device)
-
-    def value(self, batch: Batch) -> Tensor:
-        """Values of the observations, float32 [N].
-
-        They are read from the expert's hidden state, the mean over the executed actions, as pi_RL reads its critic.
-        Theirs sees the noisy actions of every denoising step and is averaged over the steps. Here the expert sees the
-        mean of the noise at time 1, so that a value knows nothing of what was drawn.
-        """
-        return self._value(self._prefix(batch.observation), self._state(batch.observation))
-
-    def log_prob_and_value(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Both from one pass over images and prompt."""
-        prefix, state = self._prefix(batch.observation), self._state(batch.observation)
-        return self._path_log_prob(batch, prefix, state), self._value(prefix, state)
-
-    def _value(self, prefix: Prefix, state: Tensor) -> Tensor:
-        assert self.value_head is not None, "add_value_head comes first"
-        config = self.config
-        noise = torch.zeros(len(state), config.horizon, config.max_action_dim, device=self.device)
-        hidden = self._network.hidden(prefix, state, noise, noise.new_ones(len(state)))
-        value: Tensor = self.value_head(hidden[:, : config.executed].float().mean(1))
-        return value
-
-    def _path_log_prob(self, batch: Batch, prefix: Prefix, state: Tensor) -> Tensor:
-        index, path = self._unpack(batch.sample)
-        if bool((index < 0).any()):
-            raise PerennialError(
-                "pi0 has no log-probability for demonstrations, only for actions that it sampled; imitate them instead."
-            )
-        level = self._level(batch.temperature)
-        total = torch.zeros(len(batch), self.config.executed, device=self.device)
-        for step in range(path.shape[1] - 1 if self.config.exploration.steps == "all" else 1):
-            before, after = path[:, step], path[:, step + 1]
-            mean, std = self._transition(prefix, state, before, index + step, level)
-            total = total + self._log_density(after, mean, std)
-        return total
-
-    def imitation_loss(self, batch: Batch) -> Tensor:
-        """Flow-matching loss of the decided actions, float32 [N], the mean over unmasked actions and their D numbers.
-
-        The expert sees the last unmasked action in the place of every later one, so masked ones play no part at all.
-
-        Each row's noise and time come from a stream named by what the row observes and by the weights as they are now:
-        the loss is a function of policy and batch, whatever the batch's order, while every optimiser step sees new
-        noise.
-        """
-        config = self.config
-        _, path = self._unpack(batch.sample)
-        last = np.where(batch.mask, np.arange(config.executed), 0).max(axis=1)
-        place = torch.from_numpy(np.minimum(np.arange(config.horizon), last[:, None])).to(self.device)
-        actions = path[:, -1].gather(1, place[..., None].expand_as(path[:, -1])) * self._used()
-        drawn = [_noise(key, config.horizon, config.max_action_dim) for key in self._keys(batch.observation)]
-        time = torch.tensor([t for t, _ in drawn], dtype=torch.float32, device=self.device)
-        noise = torch.from_numpy(np.stack([numbers for _, numbers in drawn])).to(self.device)
-        noisy = time[:, None, None] * noise + (1 - time[:, None, None]) * actions
-        state = self._state(batch.observation)
-        velocity = self._network.velocity(self._prefix(batch.observation), state, noisy, time)
-        error = ((velocity - (noise - actions)) ** 2)[:, : config.executed, : config.action_dim].mean(-1)
-        mask = torch.from_numpy(batch.mask).to(error.device)
-        return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
-
-    def encode(self, actions: np.ndarray) -> np.ndarray:
-        """The sample without a path for `actions` [N, C, D], the last of which is repeated up to H."""
-        config = self.config
-        mean, std = np.array(config.action.mean), np.array(config.action.std)
-        unit = np.where(std > 0, (actions - mean) / np.where(std > 0, std, 1), 0)
-        chunk = np.zeros((len(actions), config.horizon, config.max_action_dim), np.float32)
-        chunk[:, : config.executed, : config.action_dim] = unit
-        chunk[:, config.executed :] = chunk[:, [config.executed - 1]]
-        path = np.repeat(chunk[:, None], 3 if config.exploration.steps == "one" else config.denoising_steps + 1, axis=1)
-        return np.concatenate([np.full((len(actions), 1), -1, np.float32), path.reshape(len(actions), -1)], axis=1)
-
-    def decode(self, sample: np.ndarray) -> np.ndarray:
-        """Actions float32 [N, C, D], environment units, that `sample` ends in."""
-        config = self.config
-        chunk = sample[:, 1:].reshape(len(sample), -1, config.horizon, config.max_action_dim)[:, -1]
-        unit = chunk[:, : config.executed, : config.action_dim].astype(np.float64)
-        actions: np.ndarray = np.array(config.action.mean) + unit * np.array(config.action.std)
-        return actions.astype(np.float32)
-
-    @classmethod
-    def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Self:
-        """Load a checkpoint of ours or in LeRobot's layout; the weights become `dtype` (float32)."""
-        from tokenizers import Tokenizer
-
-        config = cls._read_config(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise PerennialError(
-                f"The checkpoint {folder} has no tokenizer.json; put that of {cls.tokenizer_of} into it."
-            )
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise PerennialError(f"tokenizer.json in {folder} cannot be read ({error!r}); copy it again.") from error
-        model = cls._build(config, random=False)
-        for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions
-            parameter.data = parameter.data.to(dtype or torch.float32)
-        cls._read_weights(folder, model)
-        return cls(config, tokenizer, model.to(device))
-
-    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are)."""
-        folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"policy": self.name, self.name: self.config.to_json()}, indent=2)
-        (folder / "config.json").write_text(content + "\n")
-        self.tokenizer.save(str(folder / "tokenizer.json"))
-        write_tensors(folder / "model.safetensors", self.acting_weights(), dtype)
 
     @classmethod
     def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
@@ -238,18 +38,17 @@ class PI0(Policy):
 
     def blocks(self) -> Sequence[nn.Module]:
         """The vision tower's blocks and the decoders' perceptrons; attention adds to a cache and must run once."""
-        model: Any = self._network.pi0.model
+        model = self._network.pi0.model
         decoders = (*model.vlm.language_model.layers, *model.dit.layers)
         return (*module_lists(model.vlm.vision_tower), *(layer.mlp for layer in decoders))
 
     @classmethod
     def _small(cls, tokenizer: Tokenizer, state: Moments, action: Moments) -> PI0Config:
-        """The small default."""
         bos = int(tokenizer.token_to_id(_tokenizer.BOS) or 0)
         return small_config(tokenizer.get_vocab_size(), bos, state, action)
 
     @classmethod
-    def _build(cls, config: PI0Config, random: bool) -> PI0Network:
+    def _build(cls, config: Any, random: bool) -> Any:
         try:
             from perennial.policies._pi0_model import PI0Network
         except ModuleNotFoundError as error:
@@ -264,129 +63,10 @@ class PI0(Policy):
     def _read_weights(cls, folder: Path, model: nn.Module) -> None:
         _pi0_checkpoint.read_weights(folder, model)
 
-    def _draw(self, rng: np.random.Generator) -> tuple[int, np.ndarray]:
-        """The stochastic step of one row, and noise [1 + stochastic steps, H, P], the start of the flow first."""
-        config = self.config
-        one = config.exploration.steps == "one"
-        step = int(rng.integers(config.denoising_steps)) if one else 0
-        shape = (2 if one else 1 + config.denoising_steps, config.horizon, config.max_action_dim)
-        return step, rng.standard_normal(shape, dtype=np.float32)
-
-    def _unpack(self, sample: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Step numbers int64 [N] and states float32 [N, S, H, P]."""
-        values = torch.from_numpy(sample).to(self.device)
-        path = values[:, 1:].view(len(sample), -1, self.config.horizon, self.config.max_action_dim)
-        return values[:, 0].long(), path
-
-    def _prefix(self, observation: Observation) -> Prefix:
+    def _prefix(self, observation: Observation) -> Any:
         return self._network.prefix(*self._seen(observation))
-
-    def _seen(self, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels in [-1, 1], prompt and its mask, as the network's `prefix` wants them."""
-        config, views = self.config, observation.images.shape[1]
-        if views > config.views:
-            raise PerennialError(
-                f"The policy looks through at most {config.views} cameras, but the observation has {views}; "
-                "choose a checkpoint that was trained on this suite."
-            )
-        prompt, mask = _padded({text: self._ids(text) for text in observation.instructions}, observation, config)
-        pixels = _images.to_pixels(observation.images, config.image_size, False, self.device) * 2 - 1
-        return pixels, torch.from_numpy(prompt).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def _ids(self, instruction: str) -> list[int]:
         """BOS, the instruction and a newline."""
         words = instruction.strip().replace("_", " ").replace("\n", " ")
         return [self.config.bos_token_id, *self.tokenizer.encode(f"{words}\n", add_special_tokens=False).ids]
-
-    def _state(self, observation: Observation) -> Tensor:
-        """Normalised states, padded with zeros, float32 [N, max_state_dim]."""
-        stats, wanted = self.config.state, len(self.config.state.mean)
-        if observation.states.shape[1] != wanted:
-            raise PerennialError(
-                f"The policy reads {wanted} state numbers, but the observation has {observation.states.shape[1]}; "
-                "choose a checkpoint that was trained on this suite."
-            )
-        mean, std = np.array(stats.mean), np.array(stats.std)
-        unit = np.where(std > 0, (observation.states - mean) / np.where(std > 0, std, 1), 0).astype(np.float32)
-        padded = np.pad(unit, ((0, 0), (0, self.config.max_state_dim - wanted)))
-        return torch.from_numpy(padded).to(self.device)
-
-    @property
-    def _network(self) -> PI0Network:
-        return cast("PI0Network", unwrap(self.model))
-
-    def _transition(
-        self, prefix: Prefix, state: Tensor, x: Tensor, index: Tensor, level: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the flow after denoising step `index` [N] from `x`, float32 [N, H, P]."""
-        steps, network = self.config.denoising_steps, self._network
-        hidden = network.hidden(prefix, state, x, _flow.times(index, steps))
-        velocity = network.read_velocity(hidden)
-        if network.noise_network is None:
-            return _flow.transition(x, velocity, index, steps, level)
-        return x - velocity / steps, network.noise_network(hidden) * level
-
-    def _log_density(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Log-density of each executed action, float32 [N, C], the sum over its D numbers."""
-        c, d = self.config.executed, self.config.action_dim
-        return _flow.log_density(x[:, :c, :d], mean[:, :c, :d], std[:, :c, :d]).sum(-1)
-
-    def _used(self) -> Tensor:
-        """1 for the D numbers that mean something, 0 for padding; float32 [P]."""
-        return (torch.arange(self.config.max_action_dim, device=self.device) < self.config.action_dim).float()
-
-    def _level(self, temperature: float) -> Tensor:
-        """What noise is multiplied by for each number of the flow, 0 where it is not executed; float32 [1, H, P]."""
-        executed = (torch.arange(self.config.horizon, device=self.device) < self.config.executed).float()
-        exploration = self.config.exploration
-        level = exploration.level if exploration.method == "sde" else 1.0
-        return level * temperature * (executed[:, None] * self._used())[None]
-
-    def _keys(self, observation: Observation) -> list[str]:
-        """What names each row's noise: images, state and instruction, and the first number of each trainable tensor."""
-        numbers = [parameter.detach().flatten()[0].float() for parameter in self.trainable().values()]
-        weights = torch.stack(numbers).cpu().numpy().tobytes() if numbers else b""
-        keys = []
-        for images, state, text in zip(observation.images, observation.states, observation.instructions, strict=True):
-            row = (np.ascontiguousarray(images).data, np.ascontiguousarray(state).data, text.encode(), weights)
-            digest = hashlib.sha256()
-            for part in row:
-                digest.update(part)
-            keys.append(digest.hexdigest())
-        return keys
-
-
-def _noise(key: str, horizon: int, width: int) -> tuple[float, np.ndarray]:
-    """Time in (0, 1] and noise float32 [H, P] of one row of an imitation batch."""
-    rng = stream(0, "flow matching", key)
-    time = TIME_LEAST + (1 - TIME_LEAST) * rng.beta(TIME_ALPHA, TIME_BETA)
-    return time, rng.standard_normal((horizon, width), dtype=np.float32)
-
-
-def _moments(values: np.ndarray) -> Moments:
-    """Mean and deviation of each column of `values` [L, D]."""
-    return Moments(tuple(map(float, values.mean(0))), tuple(map(float, values.std(0))))
-
-
-def _padded(
-    known: Mapping[str, Sequence[int]], observation: Observation, config: PI0Config
-) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts of the observation's instructions, padded on the right to the longest of them.
-
-    Returns:
-        ids: int64 [N, P].
-        mask: bool [N, P], False at padding.
-    """
-    text, ids = max(known.items(), key=lambda item: len(item[1]))
-    if len(ids) > config.max_prompt_length:
-        raise PerennialError(
-            f"The instruction {text!r} takes {len(ids)} tokens, but the policy reads {config.max_prompt_length}; "
-            "shorten it."
-        )
-    prompts = np.full((len(observation), len(ids)), ids[0], dtype=np.int64)
-    mask = np.zeros(prompts.shape, dtype=bool)
-    for row, instruction in enumerate(observation.instructions):
-        ids = known[instruction]
-        prompts[row, : len(ids)] = ids
-        mask[row, : len(ids)] = True
-    return prompts, mask

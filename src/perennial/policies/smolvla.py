@@ -1,7 +1,7 @@
 """SmolVLA: pi-0's flow on a small vision-language model (Shukor et al., arXiv 2506.01844), by transformers' SmolVLM.
 
-Acting, log-probabilities, imitation and values are those of `PI0`. What differs is the network (see `_smolvla_model`),
-in which the state is a token of the prefix, and the prompt, which has no first token of its own.
+How it acts and learns is in `_flow_policy`. Its network (see `_smolvla_model`) reads the state as a token of the
+prefix, and its prompt has no first token of its own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from torch import nn
 
 from perennial.errors import PerennialError
 from perennial.policies import _pi0_checkpoint, _smolvla_config
-from perennial.policies._anatomy import Anatomy
+from perennial.policies._flow_policy import FlowPolicy
 from perennial.policies._pi0_config import Moments
 from perennial.policies._smolvla_config import UNUSED, SmolVLAConfig, small_config
 from perennial.policies.base import Observation
-from perennial.policies.pi0 import PI0
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,25 +26,18 @@ if TYPE_CHECKING:
 __all__ = ["SmolVLA", "SmolVLAConfig", "small_config"]
 
 
-class SmolVLA(PI0):
+class SmolVLA(FlowPolicy):
     """SmolVLM and an action expert that predicts H actions, of which the first C are carried out open loop."""
 
     name: ClassVar[str] = "smolvla"
     tokenizer_of: ClassVar[str] = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
 
-    @classmethod
-    def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
-        """Not described yet."""
-        raise NotImplementedError(f"{cls.name} does not describe its network")
-
     def blocks(self) -> Sequence[nn.Module]:
         """The vision tower's blocks and the decoders' perceptrons."""
-        network: Any = self._network
-        return network.blocks()  # type: ignore[no-any-return]
+        return tuple(self._network.blocks())
 
     def _prefix(self, observation: Observation) -> Any:
-        network: Any = self._network
-        return network.prefix(*self._seen(observation), self._state(observation))
+        return self._network.prefix(*self._seen(observation), self._state(observation))
 
     def _ids(self, instruction: str) -> list[int]:
         """The instruction and a newline."""
