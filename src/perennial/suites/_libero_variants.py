@@ -102,6 +102,8 @@ _DISTRACTORS = (
 )
 """Small objects of LIBERO. RETAIN excludes 25 objects by name; which ones is not known here."""
 _HALF_WIDTH, _HALF_DEPTH, _CLEARANCE = 0.3, 0.275, 0.15
+_REACH = 0.001
+"""Half the side of the square, in metres, that a distractor starts in; MuJoCo refuses a region without an area."""
 _ATTEMPTS = 10_000
 
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
@@ -152,10 +154,10 @@ def _distract(problem: str, count: int, rng: np.random.Generator) -> str:
     regions, objects, begin = "", "", ""
     for number, kind in enumerate(rng.choice(absent, count, replace=False)):
         x, y = _free_place(taken, rng)
-        taken.append(np.array([x, y, x, y]))
-        point = f"{x:.6f} {y:.6f} {x:.6f} {y:.6f}"
+        taken.append(np.array([x - _REACH, y - _REACH, x + _REACH, y + _REACH]))
+        square = " ".join(f"{edge:.6f}" for edge in taken[-1])
         turn = "(:yaw_rotation ((0.0 0.0)))"
-        regions += f"(distractor_{number} (:target {target}) (:ranges (({point}))) {turn})\n"
+        regions += f"(distractor_{number} (:target {target}) (:ranges (({square}))) {turn})\n"
         objects += f"{kind}_1 - {kind}\n"
         begin += f"(On {kind}_1 {target}_distractor_{number})\n"
     for section, addition in (("(:regions", regions), ("(:objects", objects), ("(:init", begin)):
@@ -164,10 +166,11 @@ def _distract(problem: str, count: int, rng: np.random.Generator) -> str:
 
 
 def _free_place(taken: list[np.ndarray], rng: np.random.Generator) -> Offset:
-    """A point on the table that keeps its distance from all rectangles in `taken`."""
+    """The middle of a square on the table that keeps its distance from all rectangles in `taken`."""
+    farthest = np.array([_HALF_WIDTH, _HALF_DEPTH]) - _REACH
     for _ in range(_ATTEMPTS):
-        x, y = rng.uniform((-_HALF_WIDTH, -_HALF_DEPTH), (_HALF_WIDTH, _HALF_DEPTH))
+        x, y = rng.uniform(-farthest, farthest)
         gaps = [(max(x0 - x, x - x1, 0.0), max(y0 - y, y - y1, 0.0)) for x0, y0, x1, y1 in taken]
-        if all(np.hypot(*gap) >= _CLEARANCE for gap in gaps):
+        if all(np.hypot(*gap) >= _CLEARANCE + 2 * _REACH for gap in gaps):
             return float(x), float(y)
     raise ValueError("there is no room for another distractor")
