@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_parity import set_weights
+from test_parity import flow_losses, set_weights
 from tiny_smolvla import ACTION, STATE, STATE_DIM, tiny_policy
 
 from perennial.errors import PerennialError
@@ -16,7 +16,6 @@ from perennial.policies import _smolvla_config
 from perennial.policies._smolvla_config import SmolVLAConfig
 from perennial.policies._smolvla_model import SmolVLANetwork
 from perennial.policies.smolvla import SmolVLA
-from perennial.randomness import stream
 from perennial.testing.policy_conformance import example_observation
 
 OBSERVATION = example_observation(image_size=16, state_dim=STATE_DIM)
@@ -54,14 +53,7 @@ def test_it_decides_as_lerobots(policy):
 
 
 def test_its_flow_is_lerobots(policy):
-    rng = stream(0, "parity")
-    noise = rng.standard_normal((ROWS, 4, 4), dtype=np.float32)
-    time = rng.random(ROWS, dtype=np.float32)
-    with torch.no_grad():
-        noisy = torch.from_numpy(time[:, None, None] * noise)
-        prefix, state = policy._prefix(OBSERVATION), policy._state(OBSERVATION)
-        velocity = policy.model.velocity(prefix, state, noisy, torch.from_numpy(time)).numpy()
-    np.testing.assert_allclose(((noise - velocity) ** 2).mean((1, 2)), LEROBOT_LOSSES, rtol=1e-4)
+    np.testing.assert_allclose(flow_losses(policy), LEROBOT_LOSSES, rtol=1e-4)
 
 
 @pytest.fixture

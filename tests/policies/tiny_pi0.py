@@ -12,21 +12,30 @@ ACTION = Moments(mean=(0.1, -0.2, 0.0), std=(0.5, 2.0, 1.0))
 STATE = Moments(mean=(0.0, 0.5, -0.5), std=(1.0, 0.5, 2.0))
 
 
-def tiny_policy(seed=0, **changes):
+def tiny_tokenizer():
     tokenizer = train_tokenizer(INSTRUCTIONS)
     tokenizer.normalizer = Lowercase()
-    heads = {"layers": 2, "heads": 2, "key_value_heads": 1, "head_dim": 8, "initializer_range": 0.3}
-    sizes = {
+    return tokenizer
+
+
+def tiny_sizes(patch_size, layers, heads, key_value_heads):
+    of_both = {"layers": layers, "heads": heads, "key_value_heads": key_value_heads}
+    decoders = {**of_both, "head_dim": 8, "initializer_range": 0.3}
+    return {
         "image_size": 16,
-        "vision": Vision(width=16, layers=2, heads=2, mlp_width=24, patch_size=8),
-        "language": Transformer(width=24, mlp_width=32, **heads),
-        "expert": Transformer(width=20, mlp_width=32, **heads),
+        "vision": Vision(width=16, layers=2, heads=2, mlp_width=24, patch_size=patch_size),
+        "language": Transformer(width=24, mlp_width=32, **decoders),
+        "expert": Transformer(width=20, mlp_width=32, **decoders),
         "horizon": 4,
         "executed": 3,
         "max_state_dim": 5,
         "max_action_dim": 4,
         "denoising_steps": 4,
     }
-    sizes |= changes
+
+
+def tiny_policy(seed=0, **changes):
+    tokenizer = tiny_tokenizer()
+    sizes = tiny_sizes(patch_size=8, layers=2, heads=2, key_value_heads=1) | changes
     config = small_config(tokenizer.get_vocab_size(), tokenizer.token_to_id(BOS), STATE, ACTION, **sizes)
     return PI0.create(config, tokenizer, seed)

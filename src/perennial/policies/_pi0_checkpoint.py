@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,8 @@ from perennial.errors import PerennialError
 from perennial.policies._pi0_config import GEMMA, Exploration, Moments, PI0Config, Vision
 from perennial.policies._pi0_noise import PREFIX
 from perennial.policies._tensors import SHOWN
+
+C = TypeVar("C", bound=PI0Config)
 
 RENAMED = (
     (r"^(model\.)?paligemma_with_expert\.paligemma\.lm_head\.", "pi0.model.vlm.language_model.embed_tokens."),
@@ -100,20 +102,36 @@ def _refuse(folder: Path, problems: list[str]) -> None:
 
 
 def read_config(folder: Path) -> PI0Config:
-    """The configuration of a checkpoint of either layout.
+    """The configuration of a checkpoint of either layout; see `read_layouts`."""
+    return read_layouts(folder, "pi0", PI0Config, _from_lerobot)
+
+
+def read_layouts(
+    folder: Path,
+    kind: str,
+    own: type[C],
+    from_lerobot: Callable[[Mapping[str, Any], Moments, Moments], C],
+) -> C:
+    """The configuration of a checkpoint, ours or in LeRobot's layout.
+
+    Args:
+        folder: of the checkpoint.
+        kind: what both layouts call the policy.
+        own: reads ours.
+        from_lerobot: reads theirs, given the statistics of states and actions.
 
     Raises:
         PerennialError: config.json or the statistics are missing, damaged or of another kind.
     """
     try:
         values = json.loads((folder / "config.json").read_text())
-        if "pi0" in values:
-            return PI0Config.from_json(values["pi0"])
-        if values.get("type") == "pi0":
-            return _from_lerobot(values, *statistics(folder))
+        if kind in values:
+            return own.from_json(values[kind])
+        if values.get("type") == kind:
+            return from_lerobot(values, *statistics(folder))
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise PerennialError(f"config.json in {folder} cannot be used ({error!r}); copy the folder again.") from error
-    raise PerennialError(f"config.json in {folder} describes no pi0 policy; choose a pi0 checkpoint.")
+    raise PerennialError(f"config.json in {folder} describes no {kind} policy; choose a {kind} checkpoint.")
 
 
 def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) -> PI0Config:

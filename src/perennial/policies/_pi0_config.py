@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class PI0Config:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> PI0Config:
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
         """Read what `to_json` gave.
 
         Raises:
@@ -152,6 +152,17 @@ class PI0Config:
         for name in ("state", "action"):
             parts[name] = Moments(tuple(values[name]["mean"]), tuple(values[name]["std"]))
         return cls(**{**values, **parts})
+
+
+SMALL: dict[str, Any] = {
+    "image_size": 64,
+    "views": 1,
+    "horizon": 16,
+    "executed": 16,
+    "denoising_steps": 5,
+    "max_prompt_length": 24,
+}
+"""What the small defaults of flow policies have in common."""
 
 
 def small_config(words: int, bos_token_id: int, state: Moments, action: Moments, **changes: Any) -> PI0Config:
@@ -173,13 +184,8 @@ def small_config(words: int, bos_token_id: int, state: Moments, action: Moments,
         vision=Vision(width=96, layers=2, heads=3, mlp_width=384, patch_size=16),
         language=Transformer(width=160, mlp_width=384, **heads),  # type: ignore[arg-type]
         expert=Transformer(width=128, mlp_width=384, **heads),  # type: ignore[arg-type]
-        image_size=64,
-        views=1,
-        horizon=16,
-        executed=16,
         max_state_dim=len(state.mean),
         max_action_dim=len(action.mean),
-        denoising_steps=5,
-        max_prompt_length=24,
+        **SMALL,
     )
     return dataclasses.replace(default, **changes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PI0ForConditionalGeneration
 from transformers.initialization import no_init_weights
 
+from perennial.policies._groups import by_prefix
 from perennial.policies._pi0_config import PI0Config, Transformer
 from perennial.policies._pi0_noise import PREFIX, NoiseNetwork
 
@@ -115,11 +116,7 @@ class PI0Network(nn.Module):
 
     def groups(self) -> dict[str, list[str]]:
         """The parameter names of each group."""
-        groups: dict[str, list[str]] = {"vision": [], "language": [], "action": []}
-        for name, _ in self.named_parameters():
-            module = next(module for module in GROUP_OF_MODULE if name.startswith(module))
-            groups[GROUP_OF_MODULE[module]].append(name)
-        return groups
+        return by_prefix(self, GROUP_OF_MODULE)
 
 
 def _transformers_config(config: PI0Config) -> transformers.PI0Config:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from perennial.errors import PerennialError
-from perennial.policies._pi0_checkpoint import statistics
-from perennial.policies._pi0_config import Moments, PI0Config, Transformer, Vision
+from perennial.policies._pi0_checkpoint import read_layouts
+from perennial.policies._pi0_config import SMALL, Moments, PI0Config, Transformer, Vision
 
 UNUSED = r"lm_head\.weight$|^(un)?normalize_"
 """Tensors of published files that nothing reads: word heads and old normalisers."""
@@ -58,40 +54,17 @@ def small_config(words: int, state: Moments, action: Moments, **changes: Any) ->
         vision=Vision(width=96, layers=2, heads=3, mlp_width=384, patch_size=8),
         language=Transformer(width=160, mlp_width=384, **heads),  # type: ignore[arg-type]
         expert=Transformer(width=120, mlp_width=256, **heads),  # type: ignore[arg-type]
-        image_size=64,
-        views=1,
-        horizon=16,
-        executed=16,
         max_state_dim=len(state.mean),
         max_action_dim=len(action.mean),
-        denoising_steps=5,
-        max_prompt_length=24,
         shuffle=2,
+        **SMALL,
     )
     return replace(default, **changes)
 
 
 def read_config(folder: Path) -> SmolVLAConfig:
-    """The configuration of a checkpoint, ours or in the layout of LeRobot's `smolvla_base`.
-
-    Raises:
-        PerennialError: config.json or the statistics are missing, damaged or of another kind.
-    """
-    try:
-        values = json.loads((folder / "config.json").read_text())
-        if "smolvla" in values:
-            return _own(values["smolvla"])
-        if values.get("type") == "smolvla":
-            return _from_lerobot(values, *statistics(folder))
-    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-        raise PerennialError(f"config.json in {folder} cannot be used ({error!r}); copy the folder again.") from error
-    raise PerennialError(f"config.json in {folder} describes no smolvla policy; choose a smolvla checkpoint.")
-
-
-def _own(values: Mapping[str, Any]) -> SmolVLAConfig:
-    config = SmolVLAConfig.from_json(values)
-    assert isinstance(config, SmolVLAConfig)
-    return config
+    """The configuration of a checkpoint, ours or in the layout of LeRobot's `smolvla_base`; see `read_layouts`."""
+    return read_layouts(folder, "smolvla", SmolVLAConfig, _from_lerobot)
 
 
 def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) -> SmolVLAConfig:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaModel, SmolVLMConfig, SmolVLMModel
 from transformers.initialization import no_init_weights
 
+from perennial.policies._groups import by_prefix
 from perennial.policies._pi0_config import Transformer
 from perennial.policies._smolvla_config import SmolVLAConfig
 
@@ -149,11 +150,7 @@ class SmolVLANetwork(nn.Module):
 
     def groups(self) -> dict[str, list[str]]:
         """The parameter names of each group."""
-        groups: dict[str, list[str]] = {"vision": [], "language": [], "action": []}
-        for name, _ in self.named_parameters():
-            module = next(module for module in GROUP_OF_MODULE if name.startswith(module))
-            groups[GROUP_OF_MODULE[module]].append(name)
-        return groups
+        return by_prefix(self, GROUP_OF_MODULE)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from perennial.errors import PerennialError
 from perennial.policies import _images, _openvla_anatomy, _openvla_published, _tokenizer
 from perennial.policies._anatomy import Anatomy
+from perennial.policies._groups import by_prefix
 from perennial.policies._openvla_oft_config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
 from perennial.policies._placement import module_lists
 from perennial.policies._tensors import read_tensors, write_tensors
@@ -40,12 +41,12 @@ if TYPE_CHECKING:
 __all__ = ["NormStats", "OpenVLAOFT", "OpenVLAOFTConfig", "Quantiles", "small_config", "train_tokenizer"]
 
 GROUP_OF_MODULE = {
-    "vision_backbone": "vision",
-    "projector": "vision",
-    "language_model.model": "language",
-    "language_model.lm_head": "action",
-    "proprio_projector": "action",
-    "action_head": "action",
+    "vision_backbone.": "vision",
+    "projector.": "vision",
+    "language_model.model.": "language",
+    "language_model.lm_head.": "action",
+    "proprio_projector.": "action",
+    "action_head.": "action",
 }
 
 
@@ -72,7 +73,7 @@ class OpenVLAOFT(Policy):
         self.source = source
         self.tokenizer = tokenizer
         self.model = model.eval()
-        self.groups = _groups(model)
+        self.groups: Mapping[str, Sequence[str]] = by_prefix(model, GROUP_OF_MODULE)
         self.chunk_steps = config.chunk * config.hold
         self.token_steps = np.repeat(np.arange(config.chunk) * config.hold, config.action_dim)
         self.image_size = config.image_size
@@ -294,14 +295,6 @@ def _network(config: OpenVLAOFTConfig, weights: Literal["random", "unset", "abse
         raise PerennialError(
             f"OpenVLA-OFT needs {error.name}; install it with pip install 'perennial[vla]'."
         ) from error
-
-
-def _groups(model: OpenVLAOFTModel) -> Mapping[str, Sequence[str]]:
-    groups: dict[str, list[str]] = {"vision": [], "language": [], "action": []}
-    for name, _ in model.named_parameters():
-        module = next(module for module in GROUP_OF_MODULE if name.startswith(f"{module}."))
-        groups[GROUP_OF_MODULE[module]].append(name)
-    return groups
 
 
 def choose(logits: Tensor, temperature: float, uniform: np.ndarray | None) -> tuple[Tensor, Tensor]:
