@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "evidence"
 STUDIES = ROOT / "docs" / "results" / "studies"
 MARKED = re.compile(r"<!-- (?!end)([a-z0-9_ ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
-INK, COLOURS = "#1b2a24", ("#0b7a55", "#b4540a", "#3b5ba5", "#8a8f8c")
+INK, COLOURS = "#1b2a24", ("#0b7a55", "#b4540a", "#3b5ba5")
 Estimate = Mapping[str, float]
 """`{value, low, high}` in percentage points."""
 
@@ -42,9 +42,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join([lines[0], "|---" * len(header) + "|\n", *lines[1:]])
 
 
-def split_tables(lines: Sequence[str] | str) -> list[str]:
+def split_tables(text: str) -> list[str]:
     """The tables of a Markdown text, in order."""
-    text = lines if isinstance(lines, str) else "\n".join(lines)
     return [part.rstrip() + "\n" for part in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE)]
 
 
@@ -142,12 +141,17 @@ def sweep_table() -> str:
     )
 
 
+def place_of(alpha: float, sweep: Sweep) -> int:
+    """The candidate nearest to `alpha`."""
+    alphas = [candidate["alpha"]["language"] for candidate in sweep.measured_in["candidates"]]
+    return min(range(len(alphas)), key=lambda i: abs(alphas[i] - alpha))
+
+
 def searched(sweep: Sweep) -> int:
     """What the strategy `retain` took in the study, looking at the new task alone."""
     result = STUDIES / "retain" / "results" / f"retain_{sweep.method}-{sweep.task}" / f"seed{sweep.seed}.json"
     taken = json.loads(result.read_bytes())["accounts"][0]["alpha"]["language"]
-    alphas = [candidate["alpha"]["language"] for candidate in sweep.measured_in["candidates"]]
-    return min(range(len(alphas)), key=lambda i: abs(alphas[i] - taken))
+    return place_of(taken, sweep)
 
 
 def without_rollouts(sweep: Sweep) -> int:
@@ -158,8 +162,8 @@ def without_rollouts(sweep: Sweep) -> int:
 
 
 RULES: dict[str, Callable[[Sweep], int]] = {
-    "no merging (1)": lambda sweep: 5,
-    "the paper (0.8)": lambda sweep: 4,
+    "no merging (1)": partial(place_of, 1),
+    "the paper (0.8)": partial(place_of, 0.8),
     "search on `ood_val`, new task alone": searched,
     "search on `ood_val` and old tasks": lambda sweep: int((sweep.chosen_in or {})["best"]),
     "least sum of losses, no rollouts": without_rollouts,
@@ -201,14 +205,13 @@ def growth_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "demo": lambda: split_tables(study.markdown(figures("demo")))[0],
     "simple recipe done": lambda: done("simple_recipe"),
     "simple recipe sampled": lambda: split_tables(study.markdown(figures("simple_recipe")))[0],
     "simple recipe greedy": lambda: split_tables(study.markdown(figures("simple_recipe")))[1],
     "strategy strengths": lambda: strengths("strategy_strength"),
     "retain done": lambda: done("retain"),
-    "retain protocol": lambda: split_tables(protocol.markdown(figures("retain")["protocol"], "task_ft"))[0],
-    "retain minus": lambda: split_tables(protocol.markdown(figures("retain")["protocol"], "task_ft"))[1],
+    "retain protocol": lambda: split_tables(study.markdown(figures("retain")))[0],
+    "retain minus": lambda: split_tables(study.markdown(figures("retain")))[1],
     "retain sweep": sweep_table,
     "retain choice found": lambda: choice_table([0]),
     "retain choice fresh": lambda: choice_table([1, 2]),
@@ -257,8 +260,7 @@ def alpha_curve(axes: Any) -> None:
 
 def overfitting_curve(axes: Any) -> None:
     """Longer and longer fine-tuning."""
-    lengths = {20: "task_ft_20_steps", 60: "task_ft_60_steps", 200: "task_ft", 600: "task_ft_600_steps"}
-    steps = {length: method for length, method in lengths.items() if method in protocol_rows()}
+    steps = {20: "task_ft_20_steps", 60: "task_ft_60_steps", 200: "task_ft", 600: "task_ft_600_steps"}
     for index, (column, label) in enumerate(
         {"narrow": "as taught", "ood_test": "ood_test", protocol.GENERALIST: "ten old tasks"}.items()
     ):
