@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-from perennial import doctor
+from perennial import doctor, experiment
 from perennial.testing.toy import ToyPolicy
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -51,11 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the caller, or of a `make` above, reaches a test; torch's global stream starts anew."""
+    """No setting of the caller, or of a `make` above, reaches a test; torch starts anew, on one thread."""
     for name in os.environ:
         if name.startswith(("PERENNIAL_", "MAKE", "MFLAGS")):
             monkeypatch.delenv(name)
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # learning in an earlier test took every core
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the report takes most of the time of a toy run."""
+    monkeypatch.setattr(experiment.page, "write", lambda path: path / "report" / "index.html")
 
 
 @pytest.fixture

@@ -31,20 +31,6 @@ from toyhouse.runs import TOY, essence, toy_config
 TASKS = ("left", "right", "up-left")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """Learning takes every core; give the other tests their one thread back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    """Drawing the report takes most of the time of a toy run."""
-    monkeypatch.setattr(experiment.page, "write", lambda path: path / "report" / "index.html")
-
-
 @pytest.fixture(scope="module")
 def config(toy_checkpoint):
     return toy_config(toy_checkpoint)
@@ -218,7 +204,6 @@ def test_a_task_ends_with_as_many_threads_in_a_resumed_run(before_the_last_task_
     threads = []
     monkeypatch.setattr(experiment, "learner_threads", lambda: 3)
     monkeypatch.setattr(Strategies, "after_task", lambda *_: threads.append(torch.get_num_threads()))
-    torch.set_num_threads(1)
     experiment.resume(before_the_last_task_ended)
     assert threads == [3]
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from perennial import cli, experiment
 from perennial.evaluation import standalone
@@ -18,20 +17,6 @@ from perennial.strategies.expansion import Expansion
 from toyhouse.runs import TOY, toy_config
 
 TASKS = ("left", "right", "up-left")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """Learning takes every core; give the other tests their one thread back."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def no_report(monkeypatch):
-    """Drawing the report takes most of the time of a toy run."""
-    monkeypatch.setattr(experiment.page, "write", lambda path: path / "report" / "index.html")
 
 
 @pytest.fixture(scope="module")

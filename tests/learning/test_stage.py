@@ -45,13 +45,6 @@ class Learner:
         )
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_a_stage_stopped_in_the_middle_goes_on_with_the_same_numbers(toy_checkpoint):
     whole, broken = Learner(toy_checkpoint), Learner(toy_checkpoint)
     whole.run(0)

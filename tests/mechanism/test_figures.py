@@ -41,9 +41,7 @@ def config(toy_checkpoint):
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    threads = torch.get_num_threads()
-    yield start(config, tmp_path_factory.mktemp("runs") / "toy")
-    torch.set_num_threads(threads)
+    return start(config, tmp_path_factory.mktemp("runs") / "toy")
 
 
 def measure(run, tmp_path, capsys, *options):
