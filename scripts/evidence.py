@@ -1,28 +1,33 @@
-"""Write the tables and drawings of docs/evidence/ from the result files, so that no figure is copied by hand.
+"""Write the tables and drawings of the documentation from the result files, so that no figure is copied by hand.
 
 A table stands between `<!-- NAME -->` and `<!-- end -->` in a page; what is written around it is left alone.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from perennial import discovery
 from perennial.alpha.sweep import likeliest
 from perennial.reports import protocol, study, words
 from perennial.studies.base import find, grid
 from perennial.studies.retain import BASES
 
 ROOT = Path(__file__).parents[1]
-PAGES = ROOT / "docs" / "evidence"
+EVIDENCE = ROOT / "docs" / "evidence"
+PAGES = (*sorted(EVIDENCE.glob("*.md")), ROOT / "docs" / "strategies.md")
 STUDIES = ROOT / "docs" / "results" / "studies"
 MARKED = re.compile(r"<!-- (?!end)([a-z0-9_ ]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 INK, COLOURS = "#1b2a24", ("#0b7a55", "#b4540a", "#3b5ba5")
@@ -63,6 +68,27 @@ def strengths(name: str) -> str:
         found = row["decoders"]["sampled"]
         rows.append([f"`{row['row']}`", *(words.estimate(found[key], False) for key in ("gain", "nbt"))])
     return table(("method", "Gain", "NBT"), rows)
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a module with code on them: no blank ones, no comments, no docstrings."""
+    source = path.read_text(encoding="utf-8")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented) and ast.get_docstring(node)]
+    told = {number for node in nodes for number in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)}
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    tokens = [token for token in tokenize.generate_tokens(StringIO(source).readline) if token.type not in silent]
+    return len({number for token in tokens for number in range(token.start[0], token.end[0] + 1)} - told)
+
+
+def strategy_costs() -> str:
+    """How long each strategy is, and what it keeps on disk after five tasks."""
+    kept = {row["row"]: row["cost"]["kept_bytes"] for row in figures("simple_recipe")["rows"]}
+    rows = []
+    for name, path in discovery.names("strategies").items():
+        lines = code_lines(ROOT / "src" / Path(*path.split(".")).with_suffix(".py"))
+        rows.append([f"`{name}`", str(lines), f"{kept[name] / 1e6:.1f}" if name in kept else ""])
+    return table(("strategy", "lines of code", "kept, MB"), rows)
 
 
 # The search for alpha, made outside the study from the weights that its runs left.
@@ -205,6 +231,7 @@ def growth_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "strategy costs": strategy_costs,
     "simple recipe done": lambda: done("simple_recipe"),
     "simple recipe sampled": lambda: split_tables(study.markdown(figures("simple_recipe")))[0],
     "simple recipe greedy": lambda: split_tables(study.markdown(figures("simple_recipe")))[1],
@@ -239,7 +266,7 @@ def draw(name: str, size: tuple[float, float], x: str, y: str, paint: Callable[[
     axes.set_ylabel(y, color=INK)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig(PAGES / f"{name}.png", metadata={"Software": None})
+    figure.savefig(EVIDENCE / f"{name}.png", metadata={"Software": None})
 
 
 def line(axes: Any, xs: Sequence[float], ys: Sequence[Estimate], label: str, index: int, dashes: str = "-") -> None:
@@ -283,7 +310,7 @@ def trade_off(axes: Any) -> None:
 
 def main() -> None:
     """Write everything."""
-    for page in sorted(PAGES.glob("*.md")):
+    for page in PAGES:
         page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     draw("trade-off", (7.4, 4.6), "gain on what was taught, points", "gain on what was not, points", trade_off)
     draw("alpha", (6, 3.6), "alpha: 0 is the base, 1 what was fine-tuned", "success, %", alpha_curve)

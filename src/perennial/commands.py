@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 from tyro.conf import Positional
 
-from perennial import discovery
 from perennial.conversion import Convert
 from perennial.planning.options import Plan
 
@@ -360,22 +359,21 @@ class Doctor:
 
 @dataclass(frozen=True)
 class List:
-    """List what can be chosen."""
+    """List what can be chosen, or what one choice is and can be set to."""
 
     kind: Positional[Literal["suites", "policies", "strategies", "recipes", "presets", "studies"]]
     """What to list."""
+    name: Positional[str] = ""
+    """One of them, to be shown in full."""
     json: bool = False
     """Print JSON."""
 
     def __call__(self) -> None:
-        """List names with their first docstring line."""
-        room = {"recipes": "learning"}.get(self.kind, self.kind)
-        found = {name: discovery.describe(path) for name, path in discovery.names(room).items()}
-        if self.json:
-            print(json.dumps([{"name": name, "description": text} for name, text in found.items()]))
-            return
-        for name, text in found.items():
-            console.print(f"[bold]{name}[/bold]  {text}", highlight=False)
+        """List."""
+        from perennial import choices
+
+        found = choices.about(self.kind, self.name) if self.name else choices.all_of(self.kind)
+        print(json.dumps(found)) if self.json else choices.show(found, console)
 
 
 COMMANDS: dict[str, type] = {

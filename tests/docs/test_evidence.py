@@ -1,15 +1,18 @@
-"""The tables in docs/evidence/ say what the result files say."""
+"""The tables in the documentation say what the result files say."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from perennial import discovery
+
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs" / "evidence").glob("*.md"))
+PAGES = (*sorted((ROOT / "docs" / "evidence").glob("*.md")), ROOT / "docs" / "strategies.md")
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +36,30 @@ def test_a_mean_rate_lies_within_an_interval_that_narrows_with_more_episodes(evi
     assert evidence.mean_rate(few)["value"] == evidence.mean_rate(many)["value"] == 75.0
     assert evidence.mean_rate(many)["low"] == pytest.approx(75 - 3.497, abs=0.001)  # Agresti and Coull, by hand
     assert evidence.mean_rate(few)["low"] < evidence.mean_rate(many)["low"]
+
+
+def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings(evidence, tmp_path):
+    module = tmp_path / "module.py"
+    module.write_text('''"""Told."""
+
+# why
+LIMIT = (
+    1  # one
+)
+
+
+def f(x):
+    """Told.
+
+    At length.
+    """
+    return """a
+string"""
+''')
+    assert evidence.code_lines(module) == 3 + 1 + 2
+
+
+def test_every_strategy_is_explained():
+    page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+    explained = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(explained) == sorted(2 * list(discovery.names("strategies")))
