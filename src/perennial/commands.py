@@ -103,7 +103,7 @@ class Study:
     seeds: tuple[int, ...] = ()
     """Only these seeds; by default all of the study."""
     jobs: int = 0
-    """Runs at the same time; 0 takes one per processor core."""
+    """Runs at the same time, each on a core of its own, the first that `taskset` leaves; 0 takes all of them."""
     dry_run: bool = False
     """Print the command of every run, then stop."""
 
