@@ -106,9 +106,18 @@ def has(folder: Path, entry: Entry) -> bool:
 
 
 def without_place(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration of a run with `{folder}` for the study's folder."""
-    text: dict[str, Any] = json.loads(json.dumps(config).replace(str(folder.absolute()), FOLDER))
-    return text
+    """The configuration of a run with `{folder}` for the study's folder, where a text is a path in it."""
+    place = str(folder.absolute())
+
+    def placeless(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: placeless(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [placeless(item) for item in value]
+        inside = isinstance(value, str) and f"{value}/".startswith(f"{place}/")
+        return FOLDER + value[len(place) :] if inside else value
+
+    return {key: placeless(value) for key, value in config.items()}
 
 
 def load(place: Path) -> Result:
