@@ -143,6 +143,35 @@ def test_hub_checkpoints_are_those_that_were_downloaded(tmp_path, monkeypatch):
     assert checkpoint_folder("hub:openvla/openvla-7b") == cached / "snapshots" / "abc123"
 
 
+def test_a_settled_run_finds_its_folders_from_everywhere(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "policy.checkpoint": "base",
+        "recipe": "sft",
+        "recipe.sft.demonstrations": "narrow",
+        "strategies": "ewc",
+        "strategies.ewc.pretraining": "../wide",
+    }
+    found = module.settled(overrides.apply(config, given))
+    assert found.policy.checkpoint == str(tmp_path / "base")
+    assert found.recipe[0].demonstrations == str(tmp_path / "narrow")
+    assert found.recipe[0].pretraining == ""  # none is mixed in
+    assert found.strategies[0].pretraining == str(tmp_path / "../wide")
+    assert module.settled(found) == found
+
+
+@pytest.mark.parametrize("named", ["bundled:metaworld-small", "hub:openvla/openvla-7b"])
+def test_a_checkpoint_that_is_named_keeps_its_name(config, named):
+    settled = module.settled(overrides.apply(config, {"policy.checkpoint": named}))
+    assert settled.policy.checkpoint == named
+
+
+@pytest.mark.parametrize("checkpoint", ["", "bundled:", "bundled:.."])
+def test_a_checkpoint_without_a_name_is_not_the_present_folder(checkpoint):
+    with pytest.raises(PerennialError, match=r"folder '' does not exist|no bundled checkpoint '(\.\.)?'"):
+        checkpoint_folder(checkpoint)
+
+
 def test_a_bare_repository_name_is_answered_with_how_to_download_it():
     with pytest.raises(PerennialError, match=r"'openvla/openvla-7b' does not exist; .*give hub:openvla/openvla-7b\."):
         checkpoint_folder("openvla/openvla-7b")

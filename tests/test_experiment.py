@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from perennial import cli, experiment, overrides
 from perennial.config import Config, Tasks
+from perennial.demonstrations.record import record_all
 from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.grpo import GRPO
@@ -215,11 +216,18 @@ def test_a_folder_with_a_run_in_it_is_refused(run, config):
     assert snapshot(run) == before
 
 
-def test_a_run_knows_its_checkpoint_from_everywhere(config, toy_checkpoint, tmp_path, monkeypatch, no_report):
-    monkeypatch.chdir(toy_checkpoint.parent)
-    relative = replace(config, policy=replace(config.policy, checkpoint=toy_checkpoint.name))
-    run = experiment.start(relative, "toy", tmp_path / "relative")
-    assert json.loads((run / "run.json").read_text())["config"]["policy"]["checkpoint"] == str(toy_checkpoint)
+def test_a_run_knows_its_checkpoint_and_its_demonstrations_from_everywhere(
+    config, toy_checkpoint, tmp_path, monkeypatch, no_report
+):
+    record_all(TOY, ("left", "right"), 1, tmp_path / "shown", workers=1)
+    (tmp_path / "base").symlink_to(toy_checkpoint)
+    monkeypatch.chdir(tmp_path)
+    changes = {"policy.checkpoint": "base", "recipe": "sft", "recipe.sft.demonstrations": "shown"}
+    small = {"recipe.sft.iterations": "1", "recipe.sft.steps": "1", "recipe.sft.batch_size": "2"}
+    run = experiment.start(overrides.apply(config, changes | small), "toy", tmp_path / "relative")
+    written = json.loads((run / "run.json").read_text())["config"]
+    assert written["policy"]["checkpoint"] == str(tmp_path / "base")
+    assert written["recipe"][0]["demonstrations"] == str(tmp_path / "shown")
 
 
 def test_a_run_that_somebody_writes_is_refused(run):

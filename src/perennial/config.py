@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,16 +159,29 @@ def checkpoint_folder(checkpoint: str) -> Path:
     return folder
 
 
+def settled(config: Config) -> Config:
+    """The same run, with paths that do not depend on the present folder."""
+    checkpoint = config.policy.checkpoint
+    if not checkpoint.startswith(SCHEMES):
+        checkpoint = str(Path(checkpoint).absolute())
+    return replace(
+        config,
+        policy=replace(config.policy, checkpoint=checkpoint),
+        recipe=tuple(stage.settled() for stage in config.recipe),
+        strategies=tuple(strategy.settled() for strategy in config.strategies),
+    )
+
+
 def _named_folder(checkpoint: str) -> Path:
     scheme, _, name = checkpoint.partition(":")
     if scheme == "bundled":
-        bundled = Path(__file__).parent / "checkpoints"
-        if not (bundled / name).is_dir():
-            raise unknown("bundled checkpoint", name, [p.name for p in bundled.iterdir() if p.is_dir()])
-        return bundled / name
+        bundled = {path.name: path for path in (Path(__file__).parent / "checkpoints").iterdir() if path.is_dir()}
+        if name not in bundled:
+            raise unknown("bundled checkpoint", name, bundled)
+        return bundled[name]
     if scheme == "hub":
         return _downloaded_folder(name)
-    if not Path(checkpoint).is_dir():
+    if not checkpoint or not Path(checkpoint).is_dir():
         hint = "give a folder or `bundled:metaworld-small`"
         if REPOSITORY.fullmatch(checkpoint):
             hint = f"if it is on the Hugging Face hub, run `hf download {checkpoint}` and give hub:{checkpoint}"
@@ -176,6 +189,8 @@ def _named_folder(checkpoint: str) -> Path:
     return Path(checkpoint)
 
 
+SCHEMES = ("bundled:", "hub:")
+"""What a checkpoint begins with that is named rather than found at a path."""
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """What the Hugging Face hub calls a repository."""
 

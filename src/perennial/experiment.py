@@ -17,7 +17,7 @@ import torch
 
 from perennial import config as configuration
 from perennial import faults, gating, overrides
-from perennial.config import Config, PolicyChoice
+from perennial.config import Config
 from perennial.doctor import describe_machine
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.stage import Iteration, learn, learner_threads
@@ -34,21 +34,14 @@ from perennial.suites.base import Task
 def start(config: Config, preset: str, path: Path | None) -> Path:
     """Start a run in a new folder and see it through; returns the folder.
 
-    What depends on this machine or place is written down as it is now: the number of workers, the checkpoint's path,
-    micro-batches that fit into the memory.
+    What depends on this machine or place is written down as it is now: the number of workers, the paths of the
+    checkpoint and of demonstrations, micro-batches that fit into the memory.
     """
-    config = replace(config, workers=sized(config.workers), policy=_settled(config.policy))
-    config = fit_micro_batches(config)
+    config = fit_micro_batches(configuration.settled(replace(config, workers=sized(config.workers))))
     path = path or RunFolder.free_path(f"{preset}-seed{config.seed}")
     with RunFolder.create(path, preset, configuration.to_json(config), describe_machine()) as folder:
         _run(config, folder)
     return path
-
-
-def _settled(choice: PolicyChoice) -> PolicyChoice:
-    """The same choice, with a path that does not depend on the present folder."""
-    bundled = choice.checkpoint.startswith("bundled:")
-    return choice if bundled else replace(choice, checkpoint=str(Path(choice.checkpoint).absolute()))
 
 
 def resume(path: Path) -> None:

@@ -70,6 +70,11 @@ def load(folder: Path, tasks: Iterable[str] | None = None) -> list[Demonstration
     return demonstrations
 
 
+def absolute(folder: str) -> str:
+    """The same folder of demonstrations, named so that it is found from everywhere; "" stays, as it names none."""
+    return folder and str(Path(folder).absolute())
+
+
 def require_recorded(folder: str, option: str, task: str = "") -> None:
     """See that there is a demonstration, of `task` or of any, and that the first one can be read.
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -54,6 +54,10 @@ class Objective(ABC):
             PerennialError: it is not.
         """
         return
+
+    def settled(self) -> Self:
+        """The same stage, with paths that do not depend on the present folder."""
+        return self
 
     def rows(self, decisions: int) -> int:
         """Rows that one update passes forward and backward at most, where `decisions` were played for it."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.demonstrations.dataset import load, require_recorded, to_batch
+from perennial.demonstrations.dataset import absolute, load, require_recorded, to_batch
 from perennial.errors import PerennialError
 from perennial.learning.base import Metrics, Objective, gradient_step
 from perennial.policies.base import Batch, Policy, concatenate
@@ -51,6 +51,10 @@ class SFT(Objective):
             require_recorded(self.pretraining, "recipe.sft.pretraining")
         for task in tasks:
             require_recorded(self.demonstrations, "recipe.sft.demonstrations", task)
+
+    def settled(self) -> Self:
+        """The same stage, with the folders of demonstrations as absolute paths."""
+        return replace(self, demonstrations=absolute(self.demonstrations), pretraining=absolute(self.pretraining))
 
     def rows(self, decisions: int) -> int:
         """`steps` x `batch_size`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ class Strategy:
         Raises:
             PerennialError: it is not.
         """
+
+    def settled(self) -> Self:
+        """The same strategy, with paths that do not depend on the present folder; nothing is remembered yet."""
+        return self
 
     def ungated(self) -> str | None:
         """Why a gate cannot carry on a part of what a task changed, as the end of a sentence; None if it can."""

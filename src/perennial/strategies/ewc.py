@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.demonstrations.dataset import load, require_recorded, to_batch
+from perennial.demonstrations.dataset import absolute, load, require_recorded, to_batch
 from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Policy
 from perennial.randomness import stream
@@ -80,6 +80,10 @@ class EWC(Strategy):
         """The folder that the base was made of holds demonstrations."""
         if self.pretraining:
             require_recorded(self.pretraining, "strategies.ewc.pretraining")
+
+    def settled(self) -> Self:
+        """The same strategy, with the folder of demonstrations as an absolute path."""
+        return replace(self, pretraining=absolute(self.pretraining))
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """Anchor to the weights that the task starts from."""

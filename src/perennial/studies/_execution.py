@@ -32,7 +32,7 @@ from perennial.storage import atomic, lock
 from perennial.storage.atomic import MANIFEST
 from perennial.storage.run_folder import RunFolder
 from perennial.studies import _results
-from perennial.studies.base import FOLDER, Entry, Preparation, Study
+from perennial.studies.base import FOLDER, Entry, Preparation, Study, without_place
 
 POLL_SECONDS = 1.0
 
@@ -189,7 +189,7 @@ def _start(folder: Path, entry: Entry, core: int, progress: Progress) -> _Job:
 
 def _check_same(run: Path, folder: Path, entry: Entry) -> None:
     """See that the unfinished run in `run` is the one that `entry` stands for."""
-    if not entry.matches(_results.without_place(RunFolder.open(run).header["config"], folder)):
+    if not entry.matches(without_place(RunFolder.open(run).header["config"], folder)):
         raise PerennialError(
             f"The run in {run} was started with other settings than {entry.name!r} has in this study; "
             "move it away to start it again."

@@ -14,7 +14,7 @@ from perennial.errors import PerennialError
 from perennial.evaluation.success_matrix import SuccessMatrix
 from perennial.reports.record import Record, read
 from perennial.storage import atomic
-from perennial.studies.base import FOLDER, Entry
+from perennial.studies.base import Entry, without_place
 
 FORMAT = 1
 
@@ -103,21 +103,6 @@ def has(folder: Path, entry: Entry) -> bool:
             "move it away to make it again, or choose another folder."
         )
     return True
-
-
-def without_place(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The configuration of a run with `{folder}` for the study's folder, where a text is a path in it."""
-    place = str(folder.absolute())
-
-    def placeless(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: placeless(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [placeless(item) for item in value]
-        inside = isinstance(value, str) and f"{value}/".startswith(f"{place}/")
-        return FOLDER + value[len(place) :] if inside else value
-
-    return {key: placeless(value) for key, value in config.items()}
 
 
 def load(place: Path) -> Result:

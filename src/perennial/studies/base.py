@@ -130,10 +130,8 @@ class Entry:
 
         Settings that Perennial did not have when the run was made do not count.
         """
-        wanted: dict[str, Any] = configuration.to_json(self.config())
-        checkpoint = wanted["policy"]["checkpoint"]
-        if not checkpoint.startswith(("bundled:", FOLDER)):  # a run writes down where it was
-            wanted["policy"] = {**wanted["policy"], "checkpoint": str(Path(checkpoint).absolute())}
+        settled = configuration.settled(self.config())  # as a run writes it down
+        wanted = without_place(configuration.to_json(settled), Path(FOLDER))
         return all(_agree(found[key], wanted.get(key)) for key in found if key not in ("workers", "description"))
 
 
@@ -148,6 +146,21 @@ def _agree(found: Any, wanted: Any) -> bool:
 def _decided(key: str, wanted: Any) -> bool:
     """Whether the setting was left open, for the run to decide by the free memory."""
     return key == "micro_batch" and wanted is None
+
+
+def without_place(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The configuration of a run with `{folder}` for the study's folder, where a text is a path in it."""
+    place = str(folder.absolute())
+
+    def placeless(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: placeless(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [placeless(item) for item in value]
+        inside = isinstance(value, str) and f"{value}/".startswith(f"{place}/")
+        return FOLDER + value[len(place) :] if inside else value
+
+    return {key: placeless(value) for key, value in config.items()}
 
 
 def find(name: str) -> Study:

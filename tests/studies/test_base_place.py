@@ -1,4 +1,4 @@
-"""What a study keeps of its runs does not depend on where the study lies, nor on how that place is called."""
+"""A study knows its runs again wherever it lies, and however that place is called."""
 
 from pathlib import Path
 
@@ -6,8 +6,7 @@ import pytest
 
 from perennial import config as configuration
 from perennial import overrides
-from perennial.studies._results import without_place
-from perennial.studies.base import Entry
+from perennial.studies.base import Entry, without_place
 from toyhouse.study import STUDY
 
 
