@@ -8,7 +8,7 @@ from rich.console import Console
 
 from perennial import config
 from perennial.errors import PerennialError
-from perennial.reports import study
+from perennial.reports import study, words
 from perennial.storage import atomic
 from perennial.studies import _results, base
 from toyhouse.study import STUDY
@@ -99,6 +99,19 @@ def test_the_page_shows_every_row_with_published_numbers_and_says_what_is_missin
     assert "sequential-reversed" in said
     figures = study.figures(folder)["rows"][0]["decoders"]["sampled"]["gain"]
     assert f"{figures['value']:+.1f}" in said
+
+
+def test_no_number_is_cut_on_a_narrow_terminal(folder, tmp_path):
+    with (tmp_path / "shown").open("w+") as file:
+        study.command(folder, False, Console(file=file, width=80))
+        file.seek(0)
+        shown = file.read()
+    assert "…" not in shown
+    for row in study.figures(folder)["rows"]:
+        assert f"{row['row']} " in shown
+        gain = row["decoders"]["greedy"]["gain"]
+        for number in (gain["low"], gain["high"]):
+            assert words.points(number, signed=True) in shown
 
 
 def test_the_markdown_has_a_table_for_each_decoder(folder, capsys):

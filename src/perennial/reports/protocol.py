@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from perennial.evaluation.statistics import Summary, difference_of_groups, summary_of_groups
 from perennial.evaluation.success_matrix import SuccessMatrix
 from perennial.reports import words
-from perennial.reports.summary import percent
+from perennial.reports.summary import estimates_table, percent
 from perennial.studies._results import Result
 from perennial.studies.base import Study
 
@@ -114,9 +113,8 @@ def markdown(found: Mapping[str, Any], reference: str) -> list[str]:
 
 def table(found: Mapping[str, Any], title: str) -> Table:
     """Rates for the console."""
-    columns = ("method", "runs", *found["columns"])
-    shown = Table(*(Column(name, no_wrap=True) for name in columns), title=escape(title), title_justify="left")
-    for row in found["rows"]:
-        texts = [words.estimate(row["figures"][c], True).replace(" (", "\n(") for c in found["columns"]]
-        shown.add_row(escape(row["method"]), str(row["runs"]), *texts)
-    return shown
+    rows = [
+        (row["method"], str(row["runs"]), *(words.estimate(row["figures"][c], True) for c in found["columns"]))
+        for row in found["rows"]
+    ]
+    return estimates_table(title, ("method", "runs", *found["columns"]), rows)

@@ -15,13 +15,14 @@ from perennial.errors import PerennialError
 from perennial.evaluation.statistics import mean_difference, summary_of_runs
 from perennial.evaluation.success_matrix import SuccessMatrix
 from perennial.reports import page, plots, protocol, words
-from perennial.reports.summary import percent
+from perennial.reports.summary import estimates_table, percent
 from perennial.storage import atomic
 from perennial.studies import base
 from perennial.studies._results import Result, has, load, path, study_name
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 Results = Mapping[int, Result]
 """Seed -> result of one row of the study's tables."""
@@ -199,19 +200,11 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(found: Mapping[str, Any], decoder: str) -> Any:
-    from rich.markup import escape
-    from rich.table import Column, Table
-
+def _table(found: Mapping[str, Any], decoder: str) -> Table:
     title = f"{found['description']}, {decoder}: percentage points with 95 % intervals"
-    table = Table(
-        *(Column(name, no_wrap=True) for name in ("method", "n", *SHORT.values())),
-        title=escape(title),
-        title_justify="left",
-        padding=(0, 1, 0, 0),
-    )
+    rows = []
     for row in found["rows"]:
-        figures = [row["decoders"][decoder][metric.key] for metric in words.METRICS]
-        texts = [words.estimate(f, m.level).replace(" (", "\n(") for f, m in zip(figures, words.METRICS, strict=True)]
-        table.add_row(escape(row["row"]), str(len(row["seeds"])), *texts)
-    return table
+        figures = row["decoders"][decoder]
+        texts = [words.estimate(figures[metric.key], metric.level) for metric in words.METRICS]
+        rows.append((row["row"], str(len(row["seeds"])), *texts))
+    return estimates_table(title, ("method", "n", *SHORT.values()), rows)

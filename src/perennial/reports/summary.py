@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from perennial.reports.record import Record, read
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 
 def report_json(folder: Path) -> dict[str, Any]:
@@ -102,6 +103,28 @@ def percent(estimate: Estimate | None) -> dict[str, float] | None:
         return None
     value, low, high = map(as_percent, (estimate.value, estimate.low, estimate.high))
     return {"value": value, "low": low, "high": high, "n": estimate.n}
+
+
+def estimates_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A line a method: its name, its number of runs, and estimates whose intervals stand below them.
+
+    On a narrow terminal an interval takes two lines or three, but is never cut.
+    """
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    name, runs, *estimates = columns
+    table = Table(
+        Column(name, no_wrap=True),
+        Column(runs, no_wrap=True),
+        *(Column(one, min_width=6, overflow="fold") for one in estimates),
+        title=escape(title),
+        title_justify="left",
+        padding=(0, 1, 0, 0),
+    )
+    for method, count, *texts in rows:
+        table.add_row(escape(method), count, *(text.replace(" (", "\n(") for text in texts))
+    return table
 
 
 def _metrics_table(decoders: Mapping[str, Mapping[str, Any]]) -> Any:
