@@ -12,6 +12,7 @@ from perennial.policies._anatomy import Anatomy, Layer, Visit
 from perennial.policies.openvla import OpenVLA
 from perennial.policies.openvla_oft import OpenVLAOFT
 from perennial.policies.pi0 import PI0
+from perennial.policies.smolvla import SmolVLA
 
 SENTENCE = "pick up the black bowl next to the plate and put it on the plate"
 BY_NAME = {gpu.name: gpu for gpu in GPUS}
@@ -33,6 +34,11 @@ def test_the_published_openvla_takes_what_its_users_report():
 
 def test_pi0_has_the_published_size():
     assert _anatomy.parameters(PI0.anatomy(None, SENTENCE)) == pytest.approx(3.24e9, rel=0.04)
+
+
+def test_smolvla_has_the_published_size():
+    """450 million with the word head, which is published and not read."""
+    assert _anatomy.parameters(SmolVLA.anatomy(None, SENTENCE)) + 49280 * 960 == pytest.approx(450e6, rel=0.001)
 
 
 def test_a_forward_pass_takes_two_operations_for_each_weight_and_position():

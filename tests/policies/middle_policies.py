@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import tiny_openvla_oft
 import tiny_pi0
+import tiny_smolvla
 
 from perennial.policies._openvla_oft_config import HALF, IMAGENET_MEAN, IMAGENET_STD, Language, Tower
 from perennial.policies._pi0_config import Transformer, Vision
@@ -42,11 +43,27 @@ def middle_pi0(**changes):
     return tiny_pi0.tiny_policy(**(sizes | changes))
 
 
+def middle_smolvla(**changes):
+    heads = {"layers": 4, "heads": 4, "key_value_heads": 2, "head_dim": 32}
+    sizes = {
+        "image_size": 64,
+        "vision": Vision(width=128, layers=3, heads=4, mlp_width=320, patch_size=8),
+        "language": Transformer(width=128, mlp_width=344, **heads),
+        "expert": Transformer(width=96, mlp_width=256, **heads),
+        "horizon": 16,
+        "executed": 8,
+        "shuffle": 2,
+    }
+    return tiny_smolvla.tiny_policy(**(sizes | changes))
+
+
 POLICIES = {
     "openvla_oft": partial(middle_openvla, OpenVLAOFT),
     "openvla": partial(middle_openvla, OpenVLA),
     "pi0": middle_pi0,
     "pi0, all steps": partial(middle_pi0, exploration=Exploration("all")),
+    "smolvla": middle_smolvla,
+    "smolvla, all steps": partial(middle_smolvla, exploration=Exploration("all")),
 }
 ROWS = 4
 SAID = "push the red block to the far corner"

@@ -8,11 +8,12 @@ from middle_policies import POLICIES, ROWS, anatomy_of, batch_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from perennial.policies import _activations, _anatomy, _openvla_anatomy, _pi0_anatomy
+from perennial.policies import _activations, _anatomy, _openvla_anatomy, _pi0_anatomy, _smolvla_anatomy
 from perennial.policies._anatomy import Learning
 from perennial.policies._openvla_oft_model import OpenVLAOFTModel
 from perennial.policies._pi0_model import PI0Network
 from perennial.policies._placement import recompute_blocks
+from perennial.policies._smolvla_model import SmolVLANetwork
 from perennial.policies.lora import LoRA, add_adapter, set_trainable
 from perennial.testing.memory import kept_for_backward
 
@@ -22,8 +23,9 @@ from perennial.testing.memory import kept_for_backward
     [
         (OpenVLAOFTModel, _openvla_anatomy.published_config(8), partial(_openvla_anatomy.describe, one_by_one=False)),
         (partial(PI0Network.create, random=False), _pi0_anatomy.published_config(), _pi0_anatomy.describe),
+        (SmolVLANetwork, _smolvla_anatomy.published_config(), _smolvla_anatomy.describe),
     ],
-    ids=["openvla", "pi0"],
+    ids=["openvla", "pi0", "smolvla"],
 )
 def test_the_published_models_have_as_many_parameters_as_on_the_meta_device(make, config, describe):
     with torch.device("meta"):
@@ -60,6 +62,8 @@ def test_arithmetic_is_that_of_torchs_own_counter(name, tmp_path):
         ("openvla_oft", 2, ("vision", "action")),
         ("pi0", None, ("action",)),
         ("pi0", 2, ("vision",)),
+        ("smolvla", None, ("action",)),
+        ("smolvla", 2, ("vision",)),
     ],
 )
 def test_frozen_groups_cost_no_more_than_they_have_to(name, groups, rank, tmp_path):

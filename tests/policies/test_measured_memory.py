@@ -25,6 +25,7 @@ CASES = [
     ("openvla", None, torch.bfloat16, False),
     ("pi0", 8, torch.bfloat16, False),
     ("pi0", 8, torch.float32, True),
+    ("smolvla", 8, torch.bfloat16, True),
 ]
 DOCUMENTED = [
     *CASES,
@@ -33,6 +34,8 @@ DOCUMENTED = [
     ("openvla", 8, torch.float32, True),
     ("pi0", None, torch.float32, False),
     ("pi0, all steps", 8, torch.bfloat16, False),
+    ("smolvla", 8, torch.bfloat16, False),
+    ("smolvla", None, torch.float32, False),
 ]
 """The table in docs/models.md; run this file to print it."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from perennial.policies._anatomy import Anatomy, Blocks, Layer, Learning, Visit, visits
+from perennial.policies._anatomy import Anatomy, Blocks, Layer, Learning, Visit, cache_read, visits
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,19 @@ def _kept(part: Layer | Blocks, share: Share) -> int:
 
 def _kept_by_layer(layer: Layer, visit: Visit, share: Share) -> int:
     if layer.frozen:
-        return 0
+        return share.base * share.bytes * layer.into * visit.positions
     into = (4 if share.copied else share.bytes) * layer.into if share.learns else 0
     return visit.positions * (into + 4 * share.rank + (share.bytes * layer.out if layer.activated else 0))
 
 
 def _kept_by_blocks(blocks: Blocks, visit: Visit, share: Share) -> int:
-    norm = (8 if share.base else 4) * blocks.width * visit.positions if blocks.normed else 0
+    norm = 0
+    if blocks.normed:
+        norm = ((8 if share.base else 4) if blocks.gated else share.bytes) * blocks.width * visit.positions
     if not (share.recompute and blocks.recomputed):
         return norm + blocks.layers * _kept_by_block(blocks, visit, share)
     inside = share.bytes * blocks.width * visit.positions
-    if blocks.gemma:
+    if blocks.attends_once:
         inside += _kept_by_attention(blocks, visit, share)
     return norm + blocks.layers * inside
 
@@ -87,17 +89,19 @@ def _kept_by_attention(blocks: Blocks, visit: Visit, share: Share) -> int:
     size, width = share.bytes, blocks.width
     query, key = blocks.query_width, blocks.key_width
     here, new = visit.positions, visit.new
+    read, made_of = (here, 2 * blocks.keys_from) if blocks.keys_from else (new, 0)
     normed = 4 if blocks.gated else size  # RMS norms compute in float32, layer norms keep what they are given
-    total = normed * width * (new + here)
+    total = normed * width * (read + here)
     if share.base and blocks.gated:
-        total += (4 if blocks.gemma else size) * width * (new + here)
+        total += (4 if blocks.gemma else size) * width * (read + here)
     if blocks.scaled and share.base:
         total += 2 * size * width * here
     if share.learns:
-        total += 4 * width * (here + 2 * new) if share.copied else size * width * new
+        copies = width * here + (made_of or 2 * width) * new
+        total += 4 * copies if share.copied else size * (width * read + made_of * new)
     total += 4 * share.rank * (2 * here + 2 * new)
     if here:
-        mask = here * visit.keys if blocks.gemma else 0
+        mask = here * visit.keys if blocks.attends_once else 0
         total += size * (2 * query * here + 2 * key * visit.keys + mask) + 4 * blocks.heads * here
         total += 4 * query * here if share.copied else 0
     else:
@@ -133,13 +137,13 @@ def passing(anatomy: Anatomy, learning: Learning) -> int:
 
 def _moment(blocks: Blocks, visit: Visit, share: Share) -> int:
     size = share.bytes
-    if not visit.positions:
-        whole = Visit(visit.new, visit.new)
+    if visit.unread:
+        whole = Visit(visit.unread, visit.unread)
         return _kept_by_blocks(blocks, whole, share) - _kept_by_blocks(blocks, visit, share)
     gradients = visit.positions * (2 * size + (8 if share.copied else size)) * blocks.mlp_width
     if not (share.recompute and blocks.recomputed):
         return gradients
-    if blocks.gemma:
+    if blocks.attends_once:
         return gradients + _kept_by_perceptron(blocks, visit, share)
     return gradients + _kept_by_block(blocks, visit, share)
 
@@ -157,6 +161,6 @@ def acting_bytes(anatomy: Anatomy, size: int) -> int:
             for visit in visits(part, True):
                 width = 3 * part.width + (3 if part.gated else 2) * part.mlp_width
                 most = max(most, size * visit.positions * width)
-            if any(visit.keys > visit.new for visit in part.acting):
+            if any(cache_read(part, visit) for visit in part.acting):
                 cached += 2 * size * part.layers * part.key_width * max(visit.keys for visit in part.acting)
     return most + cached

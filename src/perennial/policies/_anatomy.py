@@ -22,12 +22,14 @@ class Visit:
         keys: positions that each of them attends to, in blocks.
         added: positions whose keys and values are computed, where they are not `positions`.
         times: how often this happens for one decision.
+        unread: positions of which outputs are computed besides, though nothing reads them.
     """
 
     positions: int
     keys: int = 0
     added: int | None = None
     times: int = 1
+    unread: int = 0
 
     @property
     def new(self) -> int:
@@ -37,7 +39,7 @@ class Visit:
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear layer; `activated` if a GELU follows, `frozen` if it gets no adapter and no gradient reaches it."""
+    """One linear layer; `activated` if GELU or SiLU follows, `frozen` if without adapter and passing no gradient on."""
 
     group: str
     into: int
@@ -57,8 +59,9 @@ class Blocks:
         head_width: numbers of a head; `heads` and `key_value_heads` have as many each.
         gated: RMS norms, a gated perceptron and no bias, as in Llama and Gemma; else layer norms and GELU, as in ViT.
         scaled: learned scales after attention and perceptron, as in DINOv2.
-        gemma: RMS norms scale in float32; attention keeps a mask, and writes to a cache, so gradient checkpointing runs
-            only the perceptron again.
+        gemma: RMS norms scale in float32.
+        attends_once: attention keeps a mask; gradient checkpointing runs only the perceptron again.
+        keys_from: width of what keys and values are made of where that is not the block's own input: what was cached.
         recomputed: gradient checkpointing reaches these blocks at all.
         normed: a norm follows the last block.
         acting: the passes of one decision.
@@ -77,6 +80,8 @@ class Blocks:
     gated: bool = True
     scaled: bool = False
     gemma: bool = False
+    attends_once: bool = False
+    keys_from: int | None = None
     recomputed: bool = True
     normed: bool = False
 
@@ -93,8 +98,8 @@ class Blocks:
     def linears(self) -> Iterator[tuple[int, int, bool]]:
         """Widths of the linear layers of one block; True for those that run where keys are added."""
         yield self.width, self.query_width, False
-        yield self.width, self.key_width, True
-        yield self.width, self.key_width, True
+        yield self.keys_from or self.width, self.key_width, True
+        yield self.keys_from or self.width, self.key_width, True
         yield self.query_width, self.width, False
         for _ in range(2 if self.gated else 1):
             yield self.width, self.mlp_width, False
@@ -203,6 +208,8 @@ def cache_read(part: Layer | Blocks, visit: Visit) -> int:
     """Numbers of earlier positions' keys and values that one row reads in one visit."""
     if isinstance(part, Layer):
         return 0
+    if part.keys_from:
+        return 2 * part.layers * part.keys_from * visit.new
     return 2 * part.layers * part.key_width * max(0, visit.keys - visit.new)
 
 
@@ -237,14 +244,13 @@ def update_operations(anatomy: Anatomy, learning: Learning, hardware: bool = Tru
         reached = reached or learns
         for visit in visits(part, False):
             back = reached and not (isinstance(part, Layer) and part.frozen)
-            # A block that is run for its keys and values alone is run as a whole.
-            forward = visit if visit.positions else Visit(visit.new, visit.new)
+            forward = Visit(visit.unread, visit.unread) if visit.unread else visit
             once = arithmetic(part, forward) + _adapted(part, forward, learning)
             if back:
                 once += (2.0 if learns and learning.rank is None else 1.0) * _linear(part, visit)
                 once += 2.0 * _attention(part, visit) + (1.0 + learns) * _adapted(part, visit, learning)
             if hardware and back and learning.recompute and isinstance(part, Blocks) and part.recomputed:
-                once += _perceptron_arithmetic(part, visit) if part.gemma else arithmetic(part, visit)
+                once += _perceptron_arithmetic(part, visit) if part.attends_once else arithmetic(part, visit)
             total += visit.times * once
     return total
 

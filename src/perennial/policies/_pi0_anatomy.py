@@ -12,7 +12,7 @@ from perennial.policies._pi0_config import Moments, PI0Config, Transformer
 from perennial.policies._pi0_noise import HIDDEN
 
 TOKENS_PER_WORD = 1.4
-"""Of PaliGemma's tokenizer, roughly."""
+"""Of large tokenizers, roughly."""
 
 
 def published_config() -> PI0Config:
@@ -24,8 +24,13 @@ def published_config() -> PI0Config:
 def read(folder: Path | None, instruction: str) -> Anatomy:
     """The anatomy of the checkpoint in `folder`, of which only the config is read; None takes the published size."""
     config = published_config() if folder is None else _pi0_checkpoint.read_config(folder)
-    words = 1 + len(instruction.split()) * (TOKENS_PER_WORD if config.vocab_size > 10_000 else 1)
-    return describe(config, 1 + math.ceil(words), "float32")
+    return describe(config, 1 + prompt_tokens(config, instruction), "float32")
+
+
+def prompt_tokens(config: PI0Config, instruction: str) -> int:
+    """Tokens of an instruction and a newline, guessed from its words."""
+    words = len(instruction.split()) * (TOKENS_PER_WORD if config.vocab_size > 10_000 else 1)
+    return 1 + math.ceil(words)
 
 
 def describe(config: PI0Config, prompt: int, dtype: str) -> Anatomy:
@@ -34,8 +39,8 @@ def describe(config: PI0Config, prompt: int, dtype: str) -> Anatomy:
     patches, views = (config.image_size // vision.patch_size) ** 2, config.views
     before, after, steps = views * patches + prompt, 1 + config.horizon, config.denoising_steps
     stochastic = config.exploration.passes(steps)
-    seen, image = Visit(views * patches), (Visit(patches, patches, times=views),)
-    prefix, keys_only = (Visit(before, before),), (Visit(0, 0, added=before),)
+    seen = Visit(views * patches)
+    prefix, keys_only = (Visit(before, before),), (Visit(0, 0, added=before, unread=before),)
     acting = (Visit(after, before + after, times=steps),)
     learning = (Visit(after, before + after, times=stochastic),)
 
@@ -43,19 +48,17 @@ def describe(config: PI0Config, prompt: int, dtype: str) -> Anatomy:
         visits = Visit(positions, times=steps), Visit(positions, times=stochastic)
         return Layer("action", into, out, *visits, activated=activated)
 
-    heads = vision.heads, vision.heads, vision.width // vision.heads
     width = expert.width
     parts: tuple[Layer | Blocks, ...] = (
-        Layer("vision", 3 * vision.patch_size**2, vision.width, seen, seen, frozen=True),
-        Blocks("vision", vision.layers, vision.width, *heads, vision.mlp_width, image, image, gated=False),
+        *tower(config),
         Layer("vision", vision.width, language.width, seen, seen),
-        Blocks("language", language.layers - 1, *_sizes(language), prefix, prefix, gemma=True),
-        Blocks("language", 1, *_sizes(language), prefix, keys_only, gemma=True),
+        Blocks("language", language.layers - 1, *sizes(language), prefix, prefix, gemma=True, attends_once=True),
+        Blocks("language", 1, *sizes(language), prefix, keys_only, gemma=True, attends_once=True),
         layer(config.max_state_dim, width, 1),
         layer(config.max_action_dim, width, config.horizon),
         layer(2 * width, width, config.horizon, activated=True),
         layer(width, width, config.horizon),
-        Blocks("action", expert.layers, *_sizes(expert), acting, learning, gemma=True, normed=True),
+        Blocks("action", expert.layers, *sizes(expert), acting, learning, gemma=True, attends_once=True, normed=True),
         layer(width, config.max_action_dim, config.horizon),
     )
     if config.exploration.method == "noise":
@@ -69,5 +72,18 @@ def describe(config: PI0Config, prompt: int, dtype: str) -> Anatomy:
     return Anatomy(parts, other, config.executed, dtype)
 
 
-def _sizes(sizes: Transformer) -> tuple[int, int, int, int, int]:
-    return sizes.width, sizes.heads, sizes.key_value_heads, sizes.head_dim, sizes.mlp_width
+def tower(config: PI0Config) -> tuple[Layer, Blocks]:
+    """Patches and blocks of a SigLIP tower."""
+    vision, views = config.vision, config.views
+    patches = (config.image_size // vision.patch_size) ** 2
+    seen, image = Visit(views * patches), (Visit(patches, patches, times=views),)
+    heads = vision.heads, vision.heads, vision.width // vision.heads
+    return (
+        Layer("vision", 3 * vision.patch_size**2, vision.width, seen, seen, frozen=True),
+        Blocks("vision", vision.layers, vision.width, *heads, vision.mlp_width, image, image, gated=False, normed=True),
+    )
+
+
+def sizes(of: Transformer) -> tuple[int, int, int, int, int]:
+    """The sizes of a decoder in the order of those of `Blocks`."""
+    return of.width, of.heads, of.key_value_heads, of.head_dim, of.mlp_width

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _pi0_checkpoint, _smolvla_config
+from perennial.policies import _pi0_checkpoint, _smolvla_anatomy, _smolvla_config
+from perennial.policies._anatomy import Anatomy
 from perennial.policies._flow_policy import FlowPolicy
 from perennial.policies._pi0_config import Moments
 from perennial.policies._smolvla_config import UNUSED, SmolVLAConfig, small_config
@@ -31,6 +32,11 @@ class SmolVLA(FlowPolicy):
 
     name: ClassVar[str] = "smolvla"
     tokenizer_of: ClassVar[str] = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+
+    @classmethod
+    def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
+        """See `Policy.anatomy`."""
+        return _smolvla_anatomy.read(folder, instruction)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The vision tower's blocks and the decoders' perceptrons."""
