@@ -21,7 +21,11 @@ from matplotlib.figure import Figure
 
 from perennial import discovery
 from perennial.alpha.sweep import likeliest
+from perennial.evaluation.statistics import summary_of_runs
+from perennial.evaluation.success_matrix import SuccessMatrix
 from perennial.reports import protocol, study, words
+from perennial.reports.summary import percent
+from perennial.studies import _results
 from perennial.studies.base import find, grid
 from perennial.studies.retain import BASES
 
@@ -230,6 +234,33 @@ def growth_table() -> str:
     return table(header, rows)
 
 
+LENGTHS = (2, 5, 10)
+LEVELS = (True, False, True, True)
+"""Whether a column of the sequences is a rate; else it is a difference."""
+
+
+def shortened(whole: SuccessMatrix, length: int) -> SuccessMatrix:
+    """What a run of the first `length` tasks would have shown."""
+    return SuccessMatrix(whole.trained[:length], whole.held_out, whole.successes[: length + 1])
+
+
+def sequence_table() -> str:
+    """What is left of taught and old tasks after 2, 5 and 10 merges in a row."""
+    folder, rows = STUDIES / "retain_sequence", []
+    entries = [entry for entry in grid(find("retain_sequence")) if _results.has(folder, entry)]
+    for method in dict.fromkeys(entry.method for entry in entries):
+        found = [_results.load(_results.path(folder, entry)) for entry in entries if entry.method == method]
+        for length in LENGTHS:
+            taught, shifted = (
+                summary_of_runs([shortened(result.matrices[variant, "sampled"], length) for result in found])
+                for variant in ("id", "ood_test")
+            )
+            shown = (taught["avg"], taught["nbt"], shifted["avg"], taught["zs"])
+            cells = [words.estimate(percent(one), level) for one, level in zip(shown, LEVELS, strict=True)]
+            rows.append([method, str(len(found)), str(length), *cells])
+    return table(("method", "runs", "tasks", "taught, `id`", "NBT", "taught, `ood_test`", "old tasks"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "strategy costs": strategy_costs,
     "simple recipe done": lambda: done("simple_recipe"),
@@ -243,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retain choice found": lambda: choice_table([0]),
     "retain choice fresh": lambda: choice_table([1, 2]),
     "retain growth": growth_table,
+    "retain sequence": sequence_table,
 }
 
 
