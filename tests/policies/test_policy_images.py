@@ -1,50 +1,157 @@
+"""Images as the code of each family prepares them, against Pillow and against the published formulas in NumPy."""
+
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import tiny_openvla_oft
+import tiny_pi0
+import tiny_smolvla
 import torch
 from PIL import Image
 
-from perennial.policies._images import to_pixels
+from perennial.policies._images import cropped, padded, padded_before, stretched
 from perennial.randomness import stream
+from perennial.testing.policy_conformance import example_observation
 
 CPU = torch.device("cpu")
+BICUBIC, BILINEAR, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR, Image.Resampling.LANCZOS
 
 
-def picture(side):
-    """Noise over a gradient, far enough from black and white that Pillow's two passes need no clipping between them."""
-    noise = stream(0, "picture").integers(0, 80, (side, side, 3))
-    ramp = np.linspace(60, 120, side)[:, None, None]
-    return (noise + ramp).astype(np.uint8)
+def picture(height, width):
+    """Noise over a ramp, with a black and a white square that filters overshoot at."""
+    noise = stream(0, "picture").integers(0, 80, (height, width, 3))
+    image = noise + np.linspace(60, 120, height)[:, None, None]
+    image[: height // 4, : width // 4] = 0
+    image[-height // 4 :, -width // 4 :] = 255
+    return image.astype(np.uint8)
 
 
-@pytest.mark.parametrize(("side", "size"), [(96, 64), (64, 56), (40, 64)])
-def test_resizing_is_that_of_an_image_library(side, size):
-    image = picture(side)
-    expected = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-    pixels = to_pixels(image[None, None], size, False, CPU)[0, 0].permute(1, 2, 0) * 255
-    assert np.abs(pixels.numpy() - expected).max() <= 1.01
+def levels(prepare, image, size):
+    """What `prepare` makes of one image, as grey levels float64 [size, size, 3]."""
+    return prepare(image[None, None], size, CPU)[0, 0].permute(1, 2, 0).double().numpy() * 255
 
 
-def test_overshoot_is_clipped():
-    checks = np.kron(np.indices((8, 8)).sum(0) % 2, np.ones((5, 5))).astype(np.uint8)[..., None].repeat(3, -1) * 255
-    pixels = to_pixels(checks[None, None], 64, False, CPU)
-    assert pixels.min() == 0
-    assert pixels.max() == 1
+def assert_whole(found):
+    np.testing.assert_allclose(found, found.round(), atol=1e-4)
 
 
-def test_an_image_of_the_right_size_is_only_scaled():
-    image = picture(32)
-    pixels = to_pixels(image[::-1][None, None], 32, False, CPU)
-    np.testing.assert_array_equal((pixels[0, 0].permute(1, 2, 0) * 255).round().numpy(), image[::-1])
+@pytest.mark.parametrize(("height", "width", "size"), [(256, 256, 224), (64, 64, 56), (40, 40, 64), (48, 64, 24)])
+def test_openvlas_images_are_stretched_as_pillow_does(height, width, size):
+    image = picture(height, width)
+    expected = np.asarray(Image.fromarray(image).resize((size, size), BICUBIC)).astype(float)
+    found = levels(stretched, image, size)
+    assert_whole(found)
+    np.testing.assert_array_equal(found.round(), expected)
 
 
-def test_the_centre_crop_keeps_nine_tenths_of_the_area_around_the_middle():
-    side, kept = 200, 190  # 190^2 / 200^2 = 0.9025
-    image = np.zeros((side, side, 3), np.uint8)
-    image[5:195, 5:195] = 200
-    pixels = to_pixels(image[None, None], kept, True, CPU)
-    np.testing.assert_array_equal((pixels * 255).round().numpy(), 200)
-    image[6:194, 6:194] = 100
-    ring = (to_pixels(image[None, None], kept, True, CPU) * 255).round()[0, 0, 0]
-    assert (ring[0] == 200).all()
-    assert (ring[-1] == 200).all()
-    assert (ring[1:-1, 1:-1] == 100).all()
+def test_each_tower_sees_the_image_normalised_its_own_way():
+    """The six channels of `PrismaticImageProcessor`, in float32, three for DINOv2 and three for SigLIP."""
+    policy = tiny_openvla_oft.tiny_policy()
+    towers, given = policy.model.vision_backbone, []
+    for tower in (towers.featurizer, towers.fused_featurizer):
+        tower.embeddings.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    image = picture(48, 48)
+    observation = example_observation(48, tiny_openvla_oft.STATE_DIM, rows=1)
+    policy.act(replace(observation, images=image[None, None]), 0.0, [None])
+    pixels = np.asarray(Image.fromarray(image).resize((32, 32), BICUBIC), np.float32).transpose(2, 0, 1) / 255
+    for seen, tower in zip(given, (policy.config.dino, policy.config.siglip), strict=True):
+        mean, std = (np.array(numbers, np.float32)[:, None, None] for numbers in (tower.mean, tower.std))
+        np.testing.assert_allclose(seen[0].numpy(), (pixels - mean) / std, atol=1e-6)
+
+
+@pytest.mark.parametrize("prepare", [stretched, padded, padded_before])
+def test_an_image_of_the_right_size_is_only_scaled(prepare):
+    image = picture(32, 32)
+    np.testing.assert_array_equal(levels(prepare, image[::-1], 32).round(), image[::-1])
+
+
+def tensorflow_crop(image):
+    """`tf.image.crop_and_resize` of the centre of uint8 [S, S, 3] to S pixels, then `convert_image_dtype` to uint8.
+
+    Output pixel i lies at start (S - 1) + i (end - start) (S - 1) / (S - 1) of the input; its value is
+    interpolated between the four pixels around it, and 255.5 times it is cut off.
+    """
+    side, kept = len(image), math.sqrt(0.9)
+    values = image / 255.0
+    out = np.empty_like(values)
+    start = (1 - kept) / 2
+    for i in range(side):
+        y = start * (side - 1) + i * kept
+        top, low, dy = math.floor(y), math.ceil(y), y - math.floor(y)
+        for j in range(side):
+            x = start * (side - 1) + j * kept
+            left, right, dx = math.floor(x), math.ceil(x), x - math.floor(x)
+            above = values[top, left] + (values[top, right] - values[top, left]) * dx
+            below = values[low, left] + (values[low, right] - values[low, left]) * dx
+            out[i, j] = above + (below - above) * dy
+    return np.floor(np.clip(out, 0, 1) * 255.5)
+
+
+def test_the_centre_crop_is_tensorflows():
+    image = picture(56, 56)
+    found, expected = levels(cropped, image, 56), tensorflow_crop(image)
+    assert_whole(found)
+    np.testing.assert_array_equal(found.round(), expected)
+
+
+def test_before_the_crop_comes_a_lanczos_resize():
+    image = picture(64, 64)
+    resized = np.asarray(Image.fromarray(image).resize((56, 56), LANCZOS))
+    difference = np.abs(levels(cropped, image, 56) - tensorflow_crop(resized))
+    assert difference.max() <= 1.01  # Pillow also rounds between columns and rows, TensorFlow does not
+    assert (difference < 0.5).mean() > 0.8
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(256, 256, 224), (64, 64, 56), (40, 40, 64), (45, 64, 56)])
+def test_the_images_of_pi0_are_openpis(height, width, size):
+    """`resize_with_pad` of its client: the longer side fits, in the middle of black, by Pillow's bilinear."""
+    image = picture(height, width)
+    ratio = max(height, width) / size
+    inside = Image.fromarray(image).resize((int(width / ratio), int(height / ratio)), BILINEAR)
+    expected = Image.new("RGB", (size, size))
+    expected.paste(inside, ((size - inside.width) // 2, (size - inside.height) // 2))
+    found = levels(padded, image, size)
+    assert_whole(found)
+    np.testing.assert_array_equal(found.round(), np.asarray(expected))
+
+
+def lerobot_resize(image, size):
+    """`resize_with_pad` of LeRobot's SmolVLA in NumPy: two pixels beside each place, black above and to the left."""
+    height, width = image.shape[:2]
+    ratio = max(height, width) / size
+    out = image.astype(float)
+    for axis, after in ((0, int(height / ratio)), (1, int(width / ratio))):
+        before = out.shape[axis]
+        place = np.clip((np.arange(after) + 0.5) * before / after - 0.5, 0, None)
+        low = place.astype(int)
+        high = np.minimum(low + 1, before - 1)
+        share = (place - low).reshape([-1, 1, 1] if axis == 0 else [1, -1, 1])
+        out = out.take(low, axis) * (1 - share) + out.take(high, axis) * share
+    return np.pad(out, ((size - out.shape[0], 0), (size - out.shape[1], 0), (0, 0)))
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(64, 64, 128), (64, 64, 40), (48, 64, 128)])
+def test_the_images_of_smolvla_are_lerobots(height, width, size):
+    image = picture(height, width)
+    np.testing.assert_allclose(levels(padded_before, image, size), lerobot_resize(image, size), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tiny", "changes", "expected"),
+    [
+        (tiny_openvla_oft, {}, stretched),
+        (tiny_openvla_oft, {"center_crop": True}, cropped),
+        (tiny_pi0, {}, padded),
+        (tiny_smolvla, {}, padded_before),
+    ],
+)
+def test_every_family_looks_at_its_own_kind_of_image(tiny, changes, expected):
+    policy = tiny.tiny_policy(camera_size=40, **changes)
+    size = policy.config.image_size
+    assert policy.image_size == 40
+    images = picture(40, 40)[None, None].repeat(policy.config.views, 1)
+    observation = replace(example_observation(size, tiny.STATE_DIM, rows=1), images=images)
+    seen = policy._inputs(observation)[0] if tiny is tiny_openvla_oft else (policy._seen(observation)[0] + 1) / 2
+    torch.testing.assert_close(seen, expected(images, size, CPU))

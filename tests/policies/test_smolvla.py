@@ -68,7 +68,7 @@ def folder(tmp_path, policy, monkeypatch):
     tensors["model.vlm_with_expert.vlm.lm_head.weight"] = torch.zeros(config.vocab_size, 24)
     tensors["normalize_inputs.buffer_observation_state.mean"] = torch.zeros(3)
     save_file(tensors, tmp_path / "model.safetensors")
-    feature = {"type": "VISUAL", "shape": [3, 16, 16]}
+    feature = {"type": "VISUAL", "shape": [3, 24, 24]}
     values = {
         "type": "smolvla",
         "input_features": {"observation.images.top": feature, "observation.state": {"type": "STATE", "shape": [3]}},
@@ -99,7 +99,8 @@ SIZES = ("vocab_size", "vision", "language", "expert", "shuffle")
 
 def test_a_published_checkpoint_acts_like_the_policy_it_was_made_from(folder, policy):
     loaded = SmolVLA.load(folder)
-    assert replace(loaded.config, exploration=policy.config.exploration) == policy.config
+    assert replace(loaded.config, exploration=policy.config.exploration, camera_size=None) == policy.config
+    assert (loaded.image_size, policy.image_size) == (24, 16)
     np.testing.assert_array_equal(greedy(loaded), greedy(policy))
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _flow, _images, _tokenizer
+from perennial.policies import _flow, _tokenizer
 from perennial.policies._pi0_config import Moments, PI0Config
 from perennial.policies._tensors import write_tensors
 from perennial.policies._value_head import new_value_head
@@ -61,7 +61,7 @@ class FlowPolicy(Policy):
         self.groups: Mapping[str, Sequence[str]] = model.groups()
         self.chunk_steps = config.executed
         self.token_steps = np.arange(config.executed)
-        self.image_size = config.image_size
+        self.image_size = config.camera_size or config.image_size
 
     @classmethod
     def create(cls, config: PI0Config, tokenizer: Tokenizer, seed: int) -> Self:
@@ -260,6 +260,10 @@ class FlowPolicy(Policy):
         """What the network keeps of images and prompt for all denoising steps."""
 
     @abstractmethod
+    def _prepared(self, images: np.ndarray) -> Tensor:
+        """Images uint8 [N, V, H, W, 3] in the size that the network reads, float32 [N, V, 3, S, S] in [0, 1]."""
+
+    @abstractmethod
     def _ids(self, instruction: str) -> list[int]:
         """The prompt's tokens."""
 
@@ -286,7 +290,7 @@ class FlowPolicy(Policy):
                 "choose a checkpoint that was trained on this suite."
             )
         prompt, mask = _padded({text: self._ids(text) for text in observation.instructions}, observation, config)
-        pixels = _images.to_pixels(observation.images, config.image_size, False, self.device) * 2 - 1
+        pixels = self._prepared(observation.images) * 2 - 1
         return pixels, torch.from_numpy(prompt).to(self.device), torch.from_numpy(mask).to(self.device)
 
     def _state(self, observation: Observation) -> Tensor:

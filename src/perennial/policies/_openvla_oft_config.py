@@ -72,6 +72,7 @@ class OpenVLAOFTConfig:
         image_size, patch_size: of the square input of both towers, in pixels.
         views: camera images per observation.
         center_crop: look only at the central 90 % of the image's area, as trained with random crops.
+        camera_size: side of the pictures that cameras take, which are then resized; None takes `image_size`.
         projector_width: hidden width of the first projector layer; the published model has 4 x the fused feature width.
         vocab_size: ids below it are valid tokens; the last `action_bins` of them stand for actions.
         embedding_rows: rows of the token embedding, `vocab_size` plus padding.
@@ -101,6 +102,7 @@ class OpenVLAOFTConfig:
     bos_token_id: int
     views: int = 1
     center_crop: bool = False
+    camera_size: int | None = None
     max_prompt_length: int = 128
     prompt_end: tuple[int, ...] | None = None
     stop_token_id: int | None = None

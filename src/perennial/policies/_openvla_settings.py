@@ -56,7 +56,7 @@ class Settings:
         layout: of the action slots; "official" puts the stop token after them, "rl" nothing (models trained for or by
             reinforcement learning with a token head).
         empty_token: the prompt ends in the tokenizer's "▁", as it did in training.
-        views, use_proprio, center_crop, gripper, max_prompt_length: see `OpenVLAOFTConfig`.
+        views, use_proprio, center_crop, camera_size, gripper, max_prompt_length: see `OpenVLAOFTConfig`.
         dtype: of the weights in memory.
         towers: sizes of vision towers that are not the published ones.
     """
@@ -69,6 +69,7 @@ class Settings:
     views: int = 1
     use_proprio: bool = False
     center_crop: bool = False
+    camera_size: int | None = None
     gripper: Literal["unchanged", "libero"] = "unchanged"
     max_prompt_length: int = 128
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -168,6 +169,7 @@ def read_config(folder: Path, settings: Settings, chunk: int, empty_token_id: in
             bos_token_id=text.get("bos_token_id", 1),
             views=settings.views,
             center_crop=settings.center_crop,
+            camera_size=settings.camera_size,
             max_prompt_length=settings.max_prompt_length,
             prompt_end=(empty_token_id,) if settings.empty_token and empty_token_id is not None else (),
             stop_token_id=STOP_TOKEN_ID if settings.layout == "official" else None,

@@ -134,6 +134,13 @@ def read_layouts(
     raise PerennialError(f"config.json in {folder} describes no {kind} policy; choose a {kind} checkpoint.")
 
 
+def camera_size(values: Mapping[str, Any]) -> int | None:
+    """Side of the pictures that LeRobot's config.json expects; None where they are not all squares of one size."""
+    shown = (feature["shape"] for feature in values["input_features"].values() if feature["type"] == "VISUAL")
+    sides = {side for shape in shown for side in shape[1:]}
+    return sides.pop() if len(sides) == 1 else None
+
+
 def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) -> PI0Config:
     features, scaling = values["input_features"].values(), values["normalization_mapping"]
     if {scaling["STATE"], scaling["ACTION"]} != {"MEAN_STD"}:
@@ -144,6 +151,7 @@ def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) ->
         language=GEMMA[values["paligemma_variant"]],
         expert=GEMMA[values["action_expert_variant"]],
         image_size=values["image_resolution"][0],
+        camera_size=camera_size(values),
         views=sum(feature["type"] == "VISUAL" for feature in features),
         horizon=values["chunk_size"],
         executed=values["n_action_steps"],

@@ -94,6 +94,7 @@ class PI0Config:
         bos_token_id: begins every prompt.
         vocab_size: rows of the token embedding.
         image_size: of the square input in pixels.
+        camera_size: side of the pictures that cameras take, which are then resized; None takes `image_size`.
         views: most camera images per observation. An absent camera is left out, which equals masking it.
         horizon: H, actions that are predicted; `executed`: C, how many of them are carried out.
         max_state_dim, max_action_dim: widths to which states and actions are padded with zeros.
@@ -109,6 +110,7 @@ class PI0Config:
     language: Transformer = GEMMA["gemma_2b"]
     expert: Transformer = GEMMA["gemma_300m"]
     image_size: int = 224
+    camera_size: int | None = None
     views: int = 3
     horizon: int = 50
     executed: int = 50

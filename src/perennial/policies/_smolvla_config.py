@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perennial.policies._pi0_checkpoint import read_layouts
+from perennial.policies._pi0_checkpoint import camera_size, read_layouts
 from perennial.policies._pi0_config import SMALL, Moments, PI0Config, Transformer, Vision
 
 UNUSED = r"lm_head\.weight$|^(un)?normalize_"
@@ -88,6 +88,7 @@ def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) ->
         language=replace(default.language, layers=layers),
         expert=replace(default.expert, width=narrow, layers=layers, mlp_width=_perceptron(narrow)),
         image_size=values["resize_imgs_with_padding"][0],
+        camera_size=camera_size(values),
         views=sum(feature["type"] == "VISUAL" for feature in features),
         horizon=values["chunk_size"],
         executed=values["n_action_steps"],

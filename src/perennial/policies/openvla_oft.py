@@ -76,7 +76,7 @@ class OpenVLAOFT(Policy):
         self.groups: Mapping[str, Sequence[str]] = by_prefix(model, GROUP_OF_MODULE)
         self.chunk_steps = config.chunk * config.hold
         self.token_steps = np.repeat(np.arange(config.chunk) * config.hold, config.action_dim)
-        self.image_size = config.image_size
+        self.image_size = config.camera_size or config.image_size
 
     @classmethod
     def create(cls, config: OpenVLAOFTConfig, tokenizer: Tokenizer, seed: int) -> Self:
@@ -191,8 +191,9 @@ class OpenVLAOFT(Policy):
         if config.use_proprio and config.norm_stats.proprio is not None:
             state = np.clip(_normalise(observation.states, config.norm_stats.proprio), -1, 1)
         dtype = next(self.model.parameters()).dtype
+        prepared = _images.cropped if config.center_crop else _images.stretched
         return (
-            _images.to_pixels(observation.images, config.image_size, config.center_crop, device),
+            prepared(observation.images, config.image_size, device),
             torch.from_numpy(prompt).to(device),
             torch.from_numpy(mask).to(device),
             torch.from_numpy(state).to(device, dtype),

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _pi0_anatomy, _pi0_checkpoint, _tokenizer
+from perennial.policies import _images, _pi0_anatomy, _pi0_checkpoint, _tokenizer
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._flow_policy import FlowPolicy
 from perennial.policies._pi0_config import Exploration, Moments, PI0Config, small_config
@@ -65,6 +66,9 @@ class PI0(FlowPolicy):
 
     def _prefix(self, observation: Observation) -> Any:
         return self._network.prefix(*self._seen(observation))
+
+    def _prepared(self, images: np.ndarray) -> Tensor:
+        return _images.padded(images, self.config.image_size, self.device)
 
     def _ids(self, instruction: str) -> list[int]:
         """BOS, the instruction and a newline."""

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _pi0_checkpoint, _smolvla_anatomy, _smolvla_config
+from perennial.policies import _images, _pi0_checkpoint, _smolvla_anatomy, _smolvla_config
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._flow_policy import FlowPolicy
 from perennial.policies._pi0_config import Moments
@@ -44,6 +45,9 @@ class SmolVLA(FlowPolicy):
 
     def _prefix(self, observation: Observation) -> Any:
         return self._network.prefix(*self._seen(observation), self._state(observation))
+
+    def _prepared(self, images: np.ndarray) -> Tensor:
+        return _images.padded_before(images, self.config.image_size, self.device)
 
     def _ids(self, instruction: str) -> list[int]:
         """The instruction and a newline."""
