@@ -48,7 +48,7 @@ def cropped(images: np.ndarray, size: int, device: torch.device) -> Tensor:
     for axis in (-1, -2):
         if planes.shape[-2:] != (size, size):
             planes = _resample(planes, axis, _areas(planes.shape[axis], size, _lanczos))
-    planes = planes.round().clamp(0, 255)
+    planes = planes.double().round().clamp(0, 255)
     planes = _resample(_resample(planes, -1, _crop(size)), -2, _crop(size))
     return (planes * (255.5 / 255)).floor().clamp(0, 255).float() / 255
 
@@ -77,8 +77,8 @@ def padded_before(images: np.ndarray, size: int, device: torch.device) -> Tensor
 
 
 def _planes(images: np.ndarray, device: torch.device) -> Tensor:
-    """Float64 [N, V, 3, H, W] of whole grey levels."""
-    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 1, 4, 2, 3).contiguous().double()
+    """uint8 [N, V, 3, H, W]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 1, 4, 2, 3).contiguous()
 
 
 def _fitted(planes: Tensor, size: int) -> tuple[int, int]:
@@ -98,8 +98,8 @@ def _as_pillow(planes: Tensor, height: int, width: int, kernel: Filter) -> Tenso
 
 
 def _resample(planes: Tensor, axis: int, weights: Tensor) -> Tensor:
-    """Sums of `planes` along `axis` [before] by `weights` [after, before]."""
-    return (planes.transpose(axis, -1) @ weights.to(planes).T).transpose(axis, -1)
+    """Sums of `planes` along `axis` [before] by `weights` [after, before], float64."""
+    return (planes.double().transpose(axis, -1) @ weights.to(planes.device).T).transpose(axis, -1)
 
 
 @functools.cache
