@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,9 @@ from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.strategies._composition import Strategies
 from perennial.strategies.base import Strategy
 from perennial.strategies.dark_replay import DarkReplay
+from perennial.strategies.ewc import EWC
+from perennial.strategies.kl_anchor import KLAnchor
+from perennial.strategies.l2 import L2
 from perennial.strategies.replay import Replay
 from perennial.testing.toy import ToyPolicy, ToySuite
 
@@ -18,11 +22,16 @@ TASKS = ToySuite.tasks
 
 
 class Anchor(Strategy):
-    """Two penalties: one on the weights alone, one that is a mean over the rows it is shown."""
+    """A penalty on the weights and a loss that is a mean over the rows; notes how often it was asked for the first."""
 
-    def penalty(self, policy, batch):
-        weights = sum((p**2).sum() for p in policy.trainable().values())
-        return 0.03 * weights + 0.5 * policy.logits(batch).square().mean()
+    asked = 0
+
+    def penalty(self, policy):
+        self.asked += 1
+        return 0.03 * sum((p**2).sum() for p in policy.trainable().values())
+
+    def batch_loss(self, policy, part, whole):
+        return 0.5 * policy.logits(part).square().mean((1, 2)).sum() / len(whole)
 
 
 class Rehearsal(Strategy):
@@ -66,6 +75,38 @@ def test_micro_batches_add_up_to_the_whole(precise, weighted, micro_batch):
     np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-14)
     assert split == pytest.approx(whole, rel=1e-9)
     assert members[1].asked == [len(weighted)] * 2
+    assert members[0].asked == 2, "once per optimiser step"
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_springs_pull_the_same_in_any_number_of_micro_batches(precise, weighted, parts):
+    """Beside a loss without gradient, it is theirs: c F (theta - theta*) of EWC and c (theta - theta*) of L2."""
+    ewc, l2 = EWC(coefficient=0.3), L2(coefficient=0.2)
+    start = {name: p.detach().clone() for name, p in precise.trainable().items()}
+    ewc.fisher = {name: torch.full_like(p, 1.0 + i) for i, (name, p) in enumerate(start.items())}
+    for member in (ewc, l2):
+        member.before_task(TASKS["left"], precise)
+    with torch.no_grad():
+        for p in precise.trainable().values():
+            p.add_(0.1 * p + 0.01)
+    metrics, gradient = step(precise, weighted, no_loss, (ewc, l2), math.ceil(len(weighted) / parts))
+    moved = {name: p.detach() - start[name] for name, p in precise.trainable().items()}
+    pull = [((0.3 * ewc.fisher[name] + 0.2) * by).flatten().numpy() for name, by in moved.items()]
+    np.testing.assert_allclose(gradient, np.concatenate(pull), rtol=1e-12)
+    energy = [((0.15 * ewc.fisher[name] + 0.1) * by**2).sum() for name, by in moved.items()]
+    assert metrics["penalty"] == pytest.approx(float(sum(energy)), rel=1e-12)
+
+
+def test_kl_in_micro_batches_adds_up_to_the_whole(precise, weighted):
+    assert len(set(weighted.mask.sum(1))) > 1, "rows of equal weight would show nothing"
+    kl = KLAnchor(coefficient=0.5)
+    kl.before_task(TASKS["left"], precise)
+    with torch.no_grad():
+        precise.model.head.weight.mul_(1.3)
+    whole, expected = step(precise, weighted, GRPO().loss, (kl,))
+    split, gradient = step(precise, weighted, GRPO().loss, (kl,), micro_batch=3)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-14)
+    assert split == pytest.approx(whole, rel=1e-9)
 
 
 def test_what_is_replayed_is_passed_in_micro_batches_too(precise, weighted):
@@ -90,7 +131,9 @@ def test_replay_in_micro_batches_adds_up_to_the_whole(precise, weighted, played,
 def test_loss_penalty_and_replay_add_up(precise, weighted):
     _, plain = step(precise, weighted, GRPO().loss)
     metrics, everything = step(precise, weighted, GRPO().loss, (Anchor(), Rehearsal(weighted)))
-    extra = Anchor().penalty(precise, weighted) + 0.7 * precise.imitation_loss(weighted.take(np.arange(5))).mean()
+    anchor = Anchor()
+    extra = anchor.penalty(precise) + anchor.batch_loss(precise, weighted, weighted)
+    extra = extra + 0.7 * precise.imitation_loss(weighted.take(np.arange(5))).mean()
     assert metrics["penalty"] == pytest.approx(float(extra.detach()), rel=1e-9)
     for parameter in precise.trainable().values():
         parameter.grad = None
@@ -105,6 +148,10 @@ def test_the_reported_norm_is_that_before_clipping(precise, weighted):
     np.testing.assert_allclose(smaller, gradient * 0.01 / np.linalg.norm(gradient), rtol=1e-3)
 
 
+def no_loss(policy, batch):
+    return policy.log_prob(batch).sum() * 0, {}
+
+
 def spoilt_loss(policy, batch):
     total, figures = GRPO().loss(policy, batch)
     return total * float("nan"), figures
@@ -116,7 +163,7 @@ def infinite_gradient(policy, batch):
 
 
 class Spoilt(Strategy):
-    def penalty(self, policy, batch):
+    def penalty(self, policy):
         return policy.trainable()["head.bias"].sum() * float("inf")
 
 

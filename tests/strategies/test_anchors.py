@@ -21,9 +21,9 @@ def test_l2_is_half_the_squared_distance_to_the_start_of_the_task(adapter):
     for seed in range(2):
         l2.before_task(TASKS["left"], learner)
         start = {name: p.detach().clone() for name, p in learner.trainable().items()}
-        assert float(l2.penalty(learner, batch(2)).detach()) == 0
+        assert float(l2.penalty(learner).detach()) == 0
         shake(learner, seed)
-        penalty = l2.penalty(learner, batch(2))
+        penalty = l2.penalty(learner)
         distance = sum(float(((p - start[n]) ** 2).sum().detach()) for n, p in learner.trainable().items())
         assert float(penalty.detach()) == pytest.approx(0.3 * distance, rel=1e-4)
         for name, gradient in gradients(learner, penalty).items():
@@ -41,7 +41,7 @@ def test_the_anchor_is_the_base_or_the_previous_policy(anchor):
         shake(learner, seed)
     reference = starts[0] if anchor == "base" else starts[1]
     expected = sum(float(((p - reference[n]) ** 2).sum().detach()) for n, p in learner.trainable().items())
-    assert float(l2.penalty(learner, batch(2)).detach()) == pytest.approx(expected, rel=1e-4)
+    assert float(l2.penalty(learner).detach()) == pytest.approx(expected, rel=1e-4)
     assert all(torch.equal(kl.teacher[name], reference[name]) for name in reference)
 
 
@@ -50,13 +50,13 @@ def test_kl_is_the_forward_divergence_from_the_teacher(adapter):
     learner, teacher, kl = policy(adapter), policy(), KLAnchor(coefficient=0.7)
     kl.before_task(TASKS["left"], learner)
     rows = dataclasses.replace(batch(6), temperature=1.6)
-    assert float(kl.penalty(learner, rows).detach()) == pytest.approx(0, abs=1e-6)
+    assert float(kl.batch_loss(learner, rows, rows).detach()) == pytest.approx(0, abs=1e-6)
     shake(learner, seed=0)
     old = log_softmax(teacher.logits(rows).detach().double().numpy() / 1.6)
     new = log_softmax(learner.logits(rows).detach().double().numpy() / 1.6)
     expected = 0.7 * (np.exp(old) * (old - new)).sum(-1)[rows.mask].mean()
     assert expected > 0.001
-    assert float(kl.penalty(learner, rows).detach()) == pytest.approx(expected, rel=1e-3)
+    assert float(kl.batch_loss(learner, rows, rows).detach()) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -67,10 +67,10 @@ def test_the_teacher_disturbs_neither_weights_nor_graphs(adapter):
     shake(learner, seed=0)
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     loss = learner.logits(rows).square().mean()
-    penalty = kl.penalty(learner, rows)
+    penalty = kl.batch_loss(learner, rows, rows)
     together = gradients(learner, loss + penalty + learner.value(rows).sum())
     alone = gradients(learner, learner.logits(rows).square().mean() + learner.value(rows).sum())
-    pulls = torch.autograd.grad(kl.penalty(learner, rows), learner.trainable().values(), allow_unused=True)
+    pulls = torch.autograd.grad(kl.batch_loss(learner, rows, rows), learner.trainable().values(), allow_unused=True)
     for (name, gradient), pull in zip(alone.items(), pulls, strict=True):
         torch.testing.assert_close(together[name], gradient if pull is None else gradient + pull)
     assert all(torch.equal(p, before[name]) for name, p in learner.model.named_parameters())

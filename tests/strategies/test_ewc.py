@@ -101,7 +101,7 @@ def test_descent_ends_where_old_and_new_task_balance():
     for _ in range(600):
         optimizer.zero_grad()
         loss = 0.5 * (curvature * (learner.model.weight - goal) ** 2).sum()
-        (loss + ewc.penalty(learner, None)).backward()
+        (loss + ewc.penalty(learner)).backward()
         optimizer.step()
     expected = (curvature * goal + c * fisher * old) / (curvature + c * fisher)
     torch.testing.assert_close(learner.model.weight.detach(), expected, atol=1e-4, rtol=0)
@@ -153,10 +153,10 @@ def test_what_the_base_can_do_counts_as_a_task_where_its_data_is_there(tmp_path)
     for name, value in expected.items():
         torch.testing.assert_close(strategy.fisher[name], value)
     before = {name: parameter.detach().clone() for name, parameter in learner.trainable().items()}
-    assert strategy.penalty(learner, batch(4)).item() == 0
+    assert strategy.penalty(learner).item() == 0
     shake(learner, 5)
     moved = sum((expected[n] * (p.detach() - before[n]) ** 2).sum() for n, p in learner.trainable().items())
-    assert strategy.penalty(learner, batch(4)).item() == pytest.approx(1.5 * float(moved), rel=1e-5)
+    assert strategy.penalty(learner).item() == pytest.approx(1.5 * float(moved), rel=1e-5)
 
 
 def test_the_base_draws_a_few_rows_at_a_time_and_the_same_actions(monkeypatch):
@@ -187,7 +187,7 @@ def test_the_folder_of_the_base_is_looked_into_before_a_run(tmp_path):
 def test_the_first_task_is_free():
     ewc, learner = EWC(), policy()
     ewc.before_task(TASKS["left"], learner)
-    assert ewc.penalty(learner, batch(2)) is None
+    assert ewc.penalty(learner) is None
 
 
 def test_the_spring_is_tied_to_the_start_of_the_present_task():
@@ -198,20 +198,20 @@ def test_the_spring_is_tied_to_the_start_of_the_present_task():
             learner.model.weight.add_(1.0)
         ewc.after_task(TASKS[task], learner, lambda count: episodes(learner, states(8)))
     ewc.before_task(TASKS["down"], learner)
-    assert float(ewc.penalty(learner, batch(2)).detach()) == 0
+    assert float(ewc.penalty(learner).detach()) == 0
     with torch.no_grad():
         learner.model.weight.add_(0.5)
-    energy = float(ewc.penalty(learner, batch(2)).detach())
+    energy = float(ewc.penalty(learner).detach())
     assert energy == pytest.approx(0.25 * float(ewc.fisher["weight"].sum()), rel=1e-4)
 
 
 def test_ut2026_squares_partial_sums_of_the_training_gradient():
-    learner, ewc = SoftmaxRegression(WEIGHT), EWC(coefficient=2.0, variant="ut2026")
+    learner, ewc, rows = SoftmaxRegression(WEIGHT), EWC(coefficient=2.0, variant="ut2026"), batch(4)
     ewc.before_task(TASKS["left"], learner)
     slopes = torch.tensor([[[1.0, 2.0], [0.0, -1.0], [3.0, 0.5]], [[-2.0, 1.0], [1.0, 1.0], [200.0, 0.0]]])
     for _ in range(3):  # optimiser steps, of two micro-batches each
         for slope in slopes:
-            assert ewc.penalty(learner, batch(2)) is None
+            assert ewc.batch_loss(learner, rows, rows) is None
             (slope * learner.model.weight).sum().backward()
         learner.model.zero_grad(set_to_none=True)
     ewc.after_task(TASKS["left"], learner, lambda count: pytest.fail("ut2026 plays no episodes"))
@@ -222,14 +222,17 @@ def test_ut2026_squares_partial_sums_of_the_training_gradient():
     ewc.before_task(TASKS["up"], learner)
     with torch.no_grad():
         learner.model.weight.add_(0.5)
-    assert float(ewc.penalty(learner, batch(2)).detach()) == pytest.approx(float(2.0 * expected.sum() * 0.25))
+    energy = float(2.0 * expected.sum() * 0.25)
+    assert float(ewc.batch_loss(learner, rows, rows).detach()) == pytest.approx(energy)
+    assert float(ewc.batch_loss(learner, rows.take(np.arange(1)), rows).detach()) == pytest.approx(energy / 4)
+    assert ewc.penalty(learner) is None
 
 
 def test_ut2026_counts_optimiser_steps_although_some_parameters_get_no_gradient():
-    learner, ewc = policy(), EWC(variant="ut2026")
+    learner, ewc, rows = policy(), EWC(variant="ut2026"), batch(2)
     for _ in range(3):
         for _ in range(2):
-            ewc.penalty(learner, batch(2))
+            ewc.batch_loss(learner, rows, rows)
             learner.model.head.weight.sum().backward()
         learner.model.zero_grad(set_to_none=True)
     assert ewc.squares.steps == 3
@@ -238,8 +241,8 @@ def test_ut2026_counts_optimiser_steps_although_some_parameters_get_no_gradient(
 
 
 def test_ut2026_no_longer_listens_after_a_task():
-    learner, ewc = SoftmaxRegression(WEIGHT), EWC(variant="ut2026")
-    ewc.penalty(learner, batch(2))
+    learner, ewc, rows = SoftmaxRegression(WEIGHT), EWC(variant="ut2026"), batch(2)
+    ewc.batch_loss(learner, rows, rows)
     learner.model.weight.sum().backward()
     ewc.after_task(TASKS["left"], learner, lambda count: [])
     learner.model.weight.sum().backward()

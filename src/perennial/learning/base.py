@@ -103,7 +103,8 @@ def gradient_step(
     """One optimiser step on `batch` and what is replayed, in micro-batches whose gradients add up to that of the whole.
 
     Returns:
-        `loss`, `penalty`, `grad_norm` before clipping, and the sums of the figures that `loss` gave.
+        `loss`, `penalty` (all that the strategies add to it), `grad_norm` before clipping, and the sums of the figures
+        that `loss` gave.
 
     Raises:
         LearningError: the loss or the gradient is not finite; no step is made.
@@ -113,17 +114,16 @@ def gradient_step(
     for part in batch.parts(config.rows):
         total, figures = loss(policy, part)
         metrics["loss"] += float(total.detach())
-        penalty = strategies.penalty(policy, part)
-        if penalty is not None:
-            share = penalty * (len(part) / len(batch))
-            metrics["penalty"] += float(share.detach())
-            total = total + share
+        added = strategies.batch_loss(policy, part, batch)
+        if added is not None:
+            metrics["penalty"] += float(added.detach())
+            total = total + added
         total.backward()  # type: ignore[no-untyped-call]
         for name, value in figures.items():
             metrics[name] = metrics.get(name, 0.0) + value
-    for replayed in strategies.replay_losses(policy, rng, len(batch), config.rows):
-        metrics["penalty"] += float(replayed.detach())
-        replayed.backward()  # type: ignore[no-untyped-call]
+    for beside in strategies.losses_beside(policy, rng, len(batch), config.rows):
+        metrics["penalty"] += float(beside.detach())
+        beside.backward()  # type: ignore[no-untyped-call]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     metrics["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
     if not all(map(math.isfinite, metrics.values())):

@@ -39,16 +39,21 @@ class Strategies:
             )
         return grouped[0][1] if grouped else None
 
-    def penalty(self, policy: Policy, batch: Batch) -> Tensor | None:
-        """The sum of the members' penalties on `batch`."""
-        penalties = [p for m in self.members if (p := m.penalty(policy, batch)) is not None]
-        return sum(penalties[1:], penalties[0]) if penalties else None
+    def batch_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor | None:
+        """The sum of what the members add for `part` of the rows of `whole`; None if nothing."""
+        losses = [loss for m in self.members if (loss := m.batch_loss(policy, part, whole)) is not None]
+        return sum(losses[1:], losses[0]) if losses else None
 
-    def replay_losses(self, policy: Policy, rng: np.random.Generator, size: int, micro_batch: int) -> Iterator[Tensor]:
-        """The losses of what the members replay beside an update on `size` rows, to be added up.
+    def losses_beside(self, policy: Policy, rng: np.random.Generator, size: int, micro_batch: int) -> Iterator[Tensor]:
+        """The members' penalties and the losses of what they replay beside an update on `size` rows, to be added up.
 
-        Each is that of at most `micro_batch` rows; back-propagate it before asking for the next one, to save memory.
+        What is replayed comes `micro_batch` rows at a time; back-propagate each loss before asking for the next one,
+        to save memory.
         """
+        for member in self.members:
+            penalty = member.penalty(policy)
+            if penalty is not None:
+                yield penalty
         for member in self.members:
             whole = member.replay(rng, size)
             if whole is not None:

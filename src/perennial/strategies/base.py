@@ -75,8 +75,16 @@ class Strategy:
         """How the trainable parameters are grouped for the optimiser; None leaves them in one group."""
         return None
 
-    def penalty(self, policy: Policy, batch: Batch) -> Tensor | None:
-        """A scalar added to the loss of `batch`; None adds nothing."""
+    def penalty(self, policy: Policy) -> Tensor | None:
+        """A scalar of the weights alone, added to the loss once per optimiser step; None adds nothing."""
+        return None
+
+    def batch_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor | None:
+        """What `part` of the rows adds to a scalar loss on `whole`, the batch that is learned from; None adds nothing.
+
+        Called before the backward pass of each micro-batch, `part`. The parts of any partition add up to the loss,
+        coefficient included: averages are over `whole`.
+        """
         return None
 
     def replay(self, rng: np.random.Generator, size: int) -> Batch | None:

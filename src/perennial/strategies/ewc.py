@@ -34,13 +34,13 @@ class EWC(Strategy):
     mean over decisions of the squared gradient of log pi(a|s), one decision at a time, where states and actions come
     from fresh rollouts of that policy and its weights stay fixed.
 
-    `variant="ut2026"` is what the code of arXiv 2603.11653 does: the penalty has no 1/2; F is not decayed; F_task is
-    taken from the gradients of the training itself (objective, penalty and replay, while the weights move): after
-    every backward pass the running sum of the step's gradients so far is squared and added, the total is divided by
-    the number of optimiser steps and clamped to 1e4. `episodes`, `samples`, `decay` and `normalise` have no effect.
-    It differs from that code in three ways: all of a task's updates count, not only its last epoch, because a
-    strategy is not told which epoch is the last; a penalty of NaN ends the run instead of becoming 0; and parameters
-    are never skipped. Use their coefficient of 1e6 with it.
+    `variant="ut2026"` is what the code of arXiv 2603.11653 does: the penalty has no 1/2 and every micro-batch carries
+    its share of it; F is not decayed; F_task is taken from the gradients of the training itself (objective, penalty
+    and replay, while the weights move): after every backward pass the running sum of the step's gradients so far is
+    squared and added, the total is divided by the number of optimiser steps and clamped to 1e4. `episodes`, `samples`,
+    `decay` and `normalise` have no effect. It differs from that code in three ways: all of a task's updates count, not
+    only its last epoch, because a strategy is not told which epoch is the last; a penalty of NaN ends the run instead
+    of becoming 0; and parameters are never skipped. Use their coefficient of 1e6 with it.
 
     Attributes:
         coefficient: lambda, at least 0; the default suits the small policy, like those of the other strategies.
@@ -92,10 +92,20 @@ class EWC(Strategy):
             self._add(fisher_diagonal(policy, drawn(policy, _spread(shown, self.samples))), self.decay)
         self.anchor = snapshot(policy) if self.fisher else {}
 
-    def penalty(self, policy: Policy, batch: Batch) -> Tensor | None:
-        """The spring energy, whatever the batch."""
-        if self.variant == "ut2026":
-            self.squares.watch(policy)
+    def penalty(self, policy: Policy) -> Tensor | None:
+        """The energy of the textbook's springs."""
+        return self._energy(policy, 0.5) if self.variant == "textbook" else None
+
+    def batch_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor | None:
+        """For `ut2026` the share of the spring energy that `part` carries."""
+        if self.variant == "textbook":
+            return None
+        self.squares.watch(policy)
+        energy = self._energy(policy, 1.0)
+        return None if energy is None else energy * (len(part) / len(whole))
+
+    def _energy(self, policy: Policy, factor: float) -> Tensor | None:
+        """The spring energy, coefficient * factor * sum F (theta - theta*)^2; None where nothing is held."""
         terms = [
             (self.fisher[name] * (parameter - self.anchor[name]) ** 2).sum()
             for name, parameter in policy.trainable().items()
@@ -103,7 +113,7 @@ class EWC(Strategy):
         ]
         if self.coefficient == 0 or not terms:
             return None
-        return self.coefficient * (1.0 if self.variant == "ut2026" else 0.5) * torch.stack(terms).sum()
+        return self.coefficient * factor * torch.stack(terms).sum()
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Add the task's Fisher."""

@@ -48,16 +48,16 @@ class KLAnchor(Strategy):
         if self.anchor == "previous" or not self.teacher:
             self.teacher = snapshot(policy)
 
-    def penalty(self, policy: Policy, batch: Batch) -> Tensor | None:
-        """The divergence on the rows of `batch`."""
+    def batch_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor | None:
+        """The divergence on the rows of `part`, over the tokens of `whole`."""
         if self.coefficient == 0 or not self.teacher:
             return None
         with torch.no_grad(), looking_through(policy, self.teacher):
-            teacher = (policy.logits(batch) / batch.temperature).log_softmax(-1)
-        student = (policy.logits(batch) / batch.temperature).log_softmax(-1)
-        mask = torch.from_numpy(batch.mask).to(student.device)
+            teacher = (policy.logits(part) / part.temperature).log_softmax(-1)
+        student = (policy.logits(part) / part.temperature).log_softmax(-1)
+        mask = torch.from_numpy(part.mask).to(student.device)
         divergence = (teacher.exp() * (teacher - student)).sum(-1)
-        return self.coefficient * (divergence * mask).sum() / mask.sum().clamp(min=1)
+        return self.coefficient * (divergence * mask).sum() / max(1, int(whole.mask.sum()))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The teacher's weights."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Policy
 from perennial.strategies._weights import prefixed, snapshot, unprefixed
 from perennial.strategies.base import Strategy
 from perennial.suites.base import Task
@@ -42,8 +42,8 @@ class L2(Strategy):
         if self.anchor == "previous" or not self.anchored:
             self.anchored = snapshot(policy)
 
-    def penalty(self, policy: Policy, batch: Batch) -> Tensor | None:
-        """The distance to the anchor, whatever the batch."""
+    def penalty(self, policy: Policy) -> Tensor | None:
+        """The distance to the anchor."""
         if self.coefficient == 0:
             return None
         trainable = policy.trainable().items()

@@ -11,6 +11,8 @@ enough to fill within a few episodes.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -20,8 +22,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from perennial.learning.base import gradient_step
 from perennial.learning.optimizer import AdamWConfig, build_optimizer, optimised
 from perennial.learning.ppo import PPO
+from perennial.learning.sft import SFT
 from perennial.policies.base import Batch, Observation
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.randomness import stream
@@ -73,27 +77,17 @@ class Run:
 
     def update(self, task: Task, number: int) -> None:
         """One step of gradient descent in two micro-batches."""
-        groups = build_optimizer(self.policy, self.strategies, AdamWConfig()).param_groups
-        optimizer = torch.optim.SGD([{"params": group["params"], "lr": 0.3 * group["scale"]} for group in groups])
-        batch = self.demonstrations(task, number) if self.learning == "imitation" else self.rollouts(task, number)
+        batch = self.batch(task, number)
+        config = AdamWConfig(0.3, warmup_steps=0, max_grad_norm=math.inf, micro_batch=math.ceil(len(batch) / 2))
+        groups = build_optimizer(self.policy, self.strategies, config).param_groups
+        optimizer = torch.optim.SGD([{"params": group["params"], "scale": group["scale"]} for group in groups])
+        loss = SFT(batch_size=len(batch)).loss if self.learning == "imitation" else PPO().loss
         rng = stream(1, "update", task.name, number)
-        for replayed in self.strategies.replay_losses(self.policy, rng, len(batch), micro_batch=8):
-            replayed.backward()  # type: ignore[no-untyped-call]
-        for rows in np.array_split(rng.permutation(len(batch)), 2):
-            part = batch.take(rows)
-            loss = self.loss(part, len(batch))
-            penalty = self.strategies.penalty(self.policy, part)
-            loss = loss if penalty is None else loss + penalty * (len(part) / len(batch))
-            loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        self.strategies.after_step(self.policy)
-        optimizer.zero_grad()
+        gradient_step(self.policy, batch, loss, self.strategies, optimizer, config, rng)
 
-    def loss(self, part: Batch, rows: int) -> Tensor:
-        """The share that `part` has in the loss of a batch of `rows`."""
-        if self.learning == "imitation":
-            return self.policy.imitation_loss(part).sum() / rows
-        return PPO().loss(self.policy, part)[0]
+    def batch(self, task: Task, number: int) -> Batch:
+        """What the update of that number learns from."""
+        return self.demonstrations(task, number) if self.learning == "imitation" else self.rollouts(task, number)
 
     def demonstrations(self, task: Task, number: int) -> Batch:
         """What the expert would do at 16 random places."""
@@ -266,20 +260,27 @@ def check_parameter_groups(make: Make) -> None:
             assert sorted(grouped) == sorted(run.policy.trainable()), "the groups are not a partition"
 
 
-def check_replayed_parts(make: Make) -> None:
-    """The losses of the parts of what it replays add up to that of all of it, however it is cut."""
+def check_parts(make: Make) -> None:
+    """Its losses on the parts of what is learned from or replayed add up to that on all of it, however it is cut."""
     for run in _runs(make):
         for task in TASKS[:2]:
             run.teach(task)
+        run.teach(TASKS[2], updates=2, last=False)
         for strategy in run.strategies.members:
-            whole = strategy.replay(stream(1, "replay"), 16)
-            if whole is None:
-                continue
-            with torch.no_grad():
-                expected = float(strategy.replay_loss(run.policy, whole, whole))
-                for size in (1, 5):
-                    parts = [float(strategy.replay_loss(run.policy, part, whole)) for part in whole.parts(size)]
-                    assert abs(sum(parts) - expected) <= 1e-4 * abs(expected), "the parts do not add up to the whole"
+            replayed = strategy.replay(stream(1, "replay"), 16)
+            if replayed is not None:
+                _parts_add_up(functools.partial(strategy.replay_loss, run.policy), replayed)
+            _parts_add_up(functools.partial(strategy.batch_loss, run.policy), run.batch(TASKS[2], 2))
+
+
+@torch.no_grad()
+def _parts_add_up(loss: Callable[[Batch, Batch], Tensor | None], whole: Batch) -> None:
+    expected = loss(whole, whole)
+    for size in (1, 5):
+        parts = [value for part in whole.parts(size) if (value := loss(part, whole)) is not None]
+        assert bool(parts) == (expected is not None), "only some of the parts have a loss"
+        if expected is not None:
+            torch.testing.assert_close(sum(parts), expected, rtol=1e-4, atol=1e-7)
 
 
 class _PullToZero(Strategy):
@@ -287,7 +288,7 @@ class _PullToZero(Strategy):
 
     name = "pull_to_zero"
 
-    def penalty(self, policy: object, batch: Batch) -> Tensor:
+    def penalty(self, policy: object) -> Tensor:
         parameters = policy.trainable().values()  # type: ignore[attr-defined]
         return 0.01 * torch.stack([(p**2).sum() for p in parameters]).sum()
 
@@ -305,5 +306,5 @@ CHECKS: tuple[Callable[[Make], None], ...] = (
     check_bounds,
     check_acting_weights,
     check_parameter_groups,
-    check_replayed_parts,
+    check_parts,
 )
