@@ -8,6 +8,7 @@ import torch
 from tiny_openvla_oft import STATE_DIM, tiny_policy
 
 from perennial.errors import PerennialError
+from perennial.policies import lora
 from perennial.policies.base import Batch
 from perennial.policies.lora import (
     LoRA,
@@ -173,6 +174,20 @@ def test_adapter_folders_are_the_same_bytes_every_time(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     targets = json.loads((tmp_path / "one" / "adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(targets)
+
+
+def test_the_base_is_hashed_once_however_often_its_adapter_is_saved(tmp_path, monkeypatch):
+    hashed, policy, other = [], adapted(), tiny_policy()
+    monkeypatch.setattr(lora, "fingerprint", lambda model: hashed.append(model) or fingerprint(model))
+    for name in ("one", "two"):
+        save_adapter(policy, tmp_path / name, base="base")
+    assert len(hashed) == 1
+    load_adapter(other, tmp_path / "two")
+    save_adapter(other, tmp_path / "three", base="base")
+    assert len(hashed) == 2, "what was compared with the base on loading is known"
+    contents = {(tmp_path / name / "adapter_config.json").read_bytes() for name in ("one", "two", "three")}
+    assert len(contents) == 1
+    assert json.loads(contents.pop())["revision"] == fingerprint(tiny_policy().model)
 
 
 def test_an_adapter_of_another_base_is_refused_and_the_policy_kept(tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -169,9 +169,10 @@ def save_adapter(policy: Policy, folder: Path, base: str) -> None:
     """
     peft = _peft()
     folder.mkdir(parents=True, exist_ok=True)
-    config = policy.model.peft_config["default"].to_dict()  # type: ignore[union-attr,operator,index]
-    config |= {"base_model_name_or_path": base, "revision": fingerprint(policy.model), "inference_mode": True}
-    text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets become sorted lists
+    config: Any = policy.model.peft_config["default"]  # type: ignore[union-attr,index]
+    config.revision = config.revision or fingerprint(policy.model)  # once: the base is frozen
+    content = config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
+    text = json.dumps(content, indent=2, sort_keys=True, default=sorted)  # sets become sorted lists
     (folder / "adapter_config.json").write_text(text + "\n")
     tensors = peft.get_peft_model_state_dict(policy.model, save_embedding_layers=False)
     write_tensors(folder / "adapter_model.safetensors", tensors)
