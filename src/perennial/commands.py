@@ -80,6 +80,8 @@ class Evaluate:
     """Policy class, for a bare checkpoint."""
     seed: int = 0
     """Names the random streams of action sampling."""
+    workers: int = 0
+    """Worker processes; 0 takes as many as the run has, for a bare checkpoint one per processor core."""
     json: bool = False
     """Print JSON."""
 
@@ -331,6 +333,8 @@ class Alpha:
     """Policy class."""
     seed: int = 0
     """Names the random streams of action sampling."""
+    workers: int = 0
+    """Worker processes; 0 takes one per processor core."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("alpha.html")
     """Where to write the page; the JSON goes beside it."""
     json: bool = False

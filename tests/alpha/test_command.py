@@ -6,11 +6,13 @@ import torch
 from rich.console import Console
 
 from perennial.alpha import command
+from perennial.alpha.sweep import sweep
 from perennial.cli import main
 from perennial.commands import Alpha
 from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Observation
 from perennial.randomness import stream
+from perennial.rollout.workers import WorkerConfig
 from perennial.testing.toy import STEP, ToyPolicy, ToySuite
 
 TOY = "perennial.testing.toy"
@@ -104,11 +106,25 @@ def test_groups_make_a_grid_and_the_command_names_them(folders, tmp_path):
         ({"language": "x"}, "alpha.language"),
         ({"episodes": 0}, "--episodes is 0"),
         ({"retention": 2.0}, "--retention is 2"),
+        ({"workers": -1}, "--workers is -1"),
     ],
 )
 def test_bad_input_gets_a_sentence_before_anything_is_loaded(tmp_path, wrong, sentence):
     with pytest.raises(PerennialError, match=sentence):
         command.command(options((tmp_path / "no", tmp_path / "nothing"), tmp_path, **wrong), Console(quiet=True))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_it_plays_in_as_many_workers_as_asked_for(folders, tmp_path, monkeypatch, count):
+    asked = []
+
+    def note(pair, plan, candidates, cast, workers, on_episodes):
+        asked.append(workers)
+        return sweep(pair, plan, candidates, cast, WorkerConfig("inline"), on_episodes)
+
+    monkeypatch.setattr(command, "sweep", note)
+    command.command(options(folders, tmp_path, alpha="1", episodes=2, workers=count), Console(quiet=True))
+    assert asked == [WorkerConfig(count=count)]
 
 
 def test_the_dotted_flags_are_understood(tmp_path, capsys):

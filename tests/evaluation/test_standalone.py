@@ -10,7 +10,7 @@ import pytest
 from perennial import cli, experiment
 from perennial.evaluation import standalone
 from perennial.learning.optimizer import AdamWConfig
-from perennial.rollout.workers import WorkerConfig
+from perennial.rollout.workers import WorkerConfig, start_workers
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies.expansion import Expansion
@@ -71,6 +71,19 @@ def test_a_standalone_evaluation_takes_a_bare_checkpoint(run, toy_checkpoint, mo
     ]
 
 
+@pytest.mark.parametrize(("options", "count"), [([], 1), (["--workers=3"], 3)])
+def test_a_standalone_evaluation_has_the_workers_of_the_run_unless_told_otherwise(run, monkeypatch, options, count):
+    started = []
+
+    def note(config, *rest):
+        started.append(config)
+        return start_workers(config, *rest)
+
+    monkeypatch.setattr(standalone, "start_workers", note)
+    cli.main(["evaluate", str(run), "--json", "--tasks=left", "--episodes=2", *options])
+    assert started == [WorkerConfig("inline", count=count, slots=8)]
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -80,6 +93,7 @@ def test_a_standalone_evaluation_takes_a_bare_checkpoint(run, toy_checkpoint, mo
         ("--variant=od_test", r"'od_test'\. Did you mean ood_test"),
         ("--episodes=0", r"--episodes is 0, but it must be above 0"),
         ("--temperature=-1", r"--temperature is -1\.0, but it must be 0 or more"),
+        ("--workers=-1", r"--workers is -1, but it must be 0 or more"),
     ],
 )
 def test_an_evaluation_that_cannot_work_is_refused(run, option, message, capsys):

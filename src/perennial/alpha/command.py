@@ -52,7 +52,7 @@ def command(options: Alpha, console: Console) -> None:
             progress.update(bar, advance=count, description=f"playing alpha {_words(coefficients)}")
 
         cast = Cast(options.suite, options.policy, base, options.seed)
-        field = sweep(pair, plan, candidates, cast, WorkerConfig(), on_episodes)
+        field = sweep(pair, plan, candidates, cast, WorkerConfig(count=options.workers), on_episodes)
     found = _figures(options, plan, candidates, field, _losses(options, pair, candidates))
     atomic.write_json(options.out.with_suffix(".json"), found)
     atomic.write_text(options.out, render(found))
@@ -87,6 +87,8 @@ def _plan(options: Alpha) -> Plan:
         raise PerennialError(
             f"--episodes is {options.episodes} and --temperature {options.temperature}; at least 1 and 0 are needed."
         )
+    if options.workers < 0:
+        raise PerennialError(f"--workers is {options.workers}, but it must be 0 or more.")
     if not 0 <= options.retention <= 1:
         raise PerennialError(f"--retention is {options.retention}, but it is a weight from 0 to 1.")
     chosen = (options.suite, options.tasks, options.variant, options.generalist, options.episodes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,15 +39,17 @@ def evaluate(options: Evaluate, console: Console) -> None:
     """
     if options.episodes < 1:
         raise PerennialError(f"--episodes is {options.episodes}, but it must be above 0.")
-    if options.temperature < 0:
-        raise PerennialError(f"--temperature is {options.temperature}, but it must be 0 or more.")
+    for name in ("temperature", "workers"):
+        if getattr(options, name) < 0:
+            raise PerennialError(f"--{name} is {getattr(options, name)}, but it must be 0 or more.")
     is_run = (options.run / "run.json").is_file()
     actor = of_run(RunFolder.open(options.run), options.after, options.seed) if is_run else _from_checkpoint(options)
     cast = actor.cast
     suite = discovery.find("suites", cast.suite, Suite)()
     require_known(suite, cast.suite, options.tasks, [options.variant])
     rows: list[dict[str, float | str]] = []
-    with closing(start_workers(actor.workers, cast, actor.policy.acting_weights())) as workers:
+    sized = replace(actor.workers, count=options.workers or actor.workers.count)
+    with closing(start_workers(sized, cast, actor.policy.acting_weights())) as workers:
         for name in track(options.tasks or actor.tasks, "evaluating", console=console, disable=options.json):
             workers.broadcast(actor.strategies.policy_for(suite.tasks[name], actor.policy))
             episodes = evaluation_episodes(suite.tasks[name], options.variant, options.episodes, options.temperature)
