@@ -70,6 +70,11 @@ def initial_state(seed: int | None, options: Mapping[str, Any] | None) -> tuple[
     return wanted["split"], int(wanted["index"])
 
 
+def state_number(split: Split, index: int) -> int:
+    """A number for an initial state, for simulators that want a seed; no other state has the same one."""
+    return len(SPLITS) * index + SPLITS.index(split)
+
+
 def require_finite(action: np.ndarray) -> None:
     """See that `action` can be executed.
 

@@ -196,9 +196,7 @@ class HubEnvironment(base.Environment):
             PerennialError: unknown split.
         """
         super().reset(seed=seed)
-        split, index = base.initial_state(seed, options)
-        state = len(base.SPLITS) * index + base.SPLITS.index(split)
-        self._observed, _ = self._vector.reset(seed=state)
+        self._observed, _ = self._vector.reset(seed=base.state_number(*base.initial_state(seed, options)))
         self._steps = 0
         return self._state(), {"is_success": False}
 

@@ -111,8 +111,7 @@ class ManiSkillEnvironment(base.Environment):
             PerennialError: unknown split.
         """
         super().reset(seed=seed)
-        split, index = base.initial_state(seed, options)
-        self.simulation.begin(len(base.SPLITS) * index + base.SPLITS.index(split))
+        self.simulation.begin(base.state_number(*base.initial_state(seed, options)))
         self._steps = 0
         return self.simulation.state, {"is_success": False}
 

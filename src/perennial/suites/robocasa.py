@@ -141,9 +141,7 @@ class RoboCasaEnvironment(base.Environment):
             PerennialError: unknown split, or RoboCasa tells the robot something else than this suite does.
         """
         super().reset(seed=seed)
-        split, index = base.initial_state(seed, options)
-        state = len(base.SPLITS) * index + base.SPLITS.index(split)
-        self._observed, _ = self._kitchen.reset(seed=state)
+        self._observed, _ = self._kitchen.reset(seed=base.state_number(*base.initial_state(seed, options)))
         told = self._observed["annotation.human.task_description"]
         if told != self.task.evaluation_instruction:
             raise PerennialError(
