@@ -301,8 +301,8 @@ def test_nan_stops_the_run_with_its_last_good_state_committed(
     calls = iter(range(10**6))
     healthy = GRPO.loss
 
-    def spoilt(self, policy, batch):
-        loss, figures = healthy(self, policy, batch)
+    def spoilt(self, outputs):
+        loss, figures = healthy(self, outputs)
         return (loss * float("nan") if next(calls) == 19 else loss), figures  # in the third of four iterations
 
     monkeypatch.setattr(GRPO, "loss", spoilt)

@@ -30,8 +30,8 @@ class Anchor(Strategy):
         self.asked += 1
         return 0.03 * sum((p**2).sum() for p in policy.trainable().values())
 
-    def batch_loss(self, policy, part, whole):
-        return 0.5 * policy.logits(part).square().mean((1, 2)).sum() / len(whole)
+    def batch_loss(self, outputs, whole):
+        return 0.5 * outputs.logits.square().mean((1, 2)).sum() / len(whole)
 
 
 class Rehearsal(Strategy):
@@ -44,9 +44,9 @@ class Rehearsal(Strategy):
         self.asked.append(size)
         return self.memory.take(np.arange(5))
 
-    def replay_loss(self, policy, part, whole):
-        self.passes.append(len(part))
-        return 0.7 * policy.imitation_loss(part).sum() / len(whole)
+    def replay_loss(self, outputs, whole):
+        self.passes.append(len(outputs.batch))
+        return 0.7 * outputs.imitation_loss.sum() / len(whole)
 
 
 def step(policy, batch, loss, members=(), micro_batch=10_000, **settings):
@@ -103,7 +103,10 @@ def test_kl_in_micro_batches_adds_up_to_the_whole(precise, weighted):
     kl.before_task(TASKS["left"], precise)
     with torch.no_grad():
         precise.model.head.weight.mul_(1.3)
+    looks = []
+    precise.model.register_forward_hook(lambda *_: looks.append(torch.is_grad_enabled()))
     whole, expected = step(precise, weighted, GRPO().loss, (kl,))
+    assert looks == [True, False], "the update's own forward pass, and the teacher's"
     split, gradient = step(precise, weighted, GRPO().loss, (kl,), micro_batch=3)
     np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-14)
     assert split == pytest.approx(whole, rel=1e-9)
@@ -132,7 +135,7 @@ def test_loss_penalty_and_replay_add_up(precise, weighted):
     _, plain = step(precise, weighted, GRPO().loss)
     metrics, everything = step(precise, weighted, GRPO().loss, (Anchor(), Rehearsal(weighted)))
     anchor = Anchor()
-    extra = anchor.penalty(precise) + anchor.batch_loss(precise, weighted, weighted)
+    extra = anchor.penalty(precise) + anchor.batch_loss(precise.outputs(weighted), weighted)
     extra = extra + 0.7 * precise.imitation_loss(weighted.take(np.arange(5))).mean()
     assert metrics["penalty"] == pytest.approx(float(extra.detach()), rel=1e-9)
     for parameter in precise.trainable().values():
@@ -148,17 +151,17 @@ def test_the_reported_norm_is_that_before_clipping(precise, weighted):
     np.testing.assert_allclose(smaller, gradient * 0.01 / np.linalg.norm(gradient), rtol=1e-3)
 
 
-def no_loss(policy, batch):
-    return policy.log_prob(batch).sum() * 0, {}
+def no_loss(outputs):
+    return outputs.log_prob.sum() * 0, {}
 
 
-def spoilt_loss(policy, batch):
-    total, figures = GRPO().loss(policy, batch)
+def spoilt_loss(outputs):
+    total, figures = GRPO().loss(outputs)
     return total * float("nan"), figures
 
 
-def infinite_gradient(policy, batch):
-    zero = policy.trainable()["head.bias"].sum() * 0
+def infinite_gradient(outputs):
+    zero = outputs.policy.trainable()["head.bias"].sum() * 0
     return zero.sqrt(), {}
 
 

@@ -87,8 +87,8 @@ def test_the_first_step_of_adamw_moves_each_weight_by_its_groups_rate(toy_batch)
     config = AdamWConfig(learning_rate=0.4, warmup_steps=4, max_grad_norm=1e9, eps=1e-30)
     optimizer = build_optimizer(policy, Strategies((ByName(),)), config)
 
-    def loss(policy, batch):
-        return policy.imitation_loss(batch).sum(), {}
+    def loss(outputs):
+        return outputs.imitation_loss.sum(), {}
 
     gradient_step(policy, toy_batch, loss, Strategies(), optimizer, config, np.random.default_rng(0))
     moved = 0

@@ -10,7 +10,7 @@ from perennial.errors import PerennialError
 from perennial.learning.optimizer import AdamWConfig, build_optimizer, optimised
 from perennial.learning.ppo import PPO
 from perennial.learning.stage import learn
-from perennial.policies.base import Batch
+from perennial.policies.base import Batch, Outputs
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.rollout.trajectory import to_batch
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
@@ -115,8 +115,14 @@ def test_loss_and_figures_equal_the_numpy_reference(critic, played, size, settin
 
 def test_the_loss_of_two_decisions_by_hand():
     class Fixed(ToyPolicy):
-        def log_prob_and_value(self, batch):
-            return torch.log(torch.tensor([[1.5, 0.5, 9.0, 9.0], [1.1, 0.5, 1.0, 2.0]])), torch.tensor([0.25, 1.0])
+        def outputs(self, batch):
+            return Outputs(self, batch)
+
+        def log_prob(self, batch):
+            return torch.log(torch.tensor([[1.5, 0.5, 9.0, 9.0], [1.1, 0.5, 1.0, 2.0]]))
+
+        def value(self, batch):
+            return torch.tensor([0.25, 1.0])
 
     policy = Fixed()
     mask = np.array([[True, True, False, False], [True] * 4])
@@ -129,7 +135,7 @@ def test_the_loss_of_two_decisions_by_hand():
         target=np.array([1.0, 0.0], np.float32),
         weight=(mask / 6).astype(np.float32),
     )
-    loss, figures = PPO(clip=0.2, value_coefficient=0.5).loss(policy, batch)
+    loss, figures = PPO(clip=0.2, value_coefficient=0.5).loss(policy.outputs(batch))
     # First decision: 1.2 (clipped) x 2 and 0.5 x 2; second: -1.1, -0.8 (clipped), -1 and -2.
     surrogate = (2.4 + 1.0 - 1.1 - 0.8 - 1.0 - 2.0) / 6
     squares = (2 * 0.75**2 + 4 * 1.0**2) / 6

@@ -50,13 +50,13 @@ def test_kl_is_the_forward_divergence_from_the_teacher(adapter):
     learner, teacher, kl = policy(adapter), policy(), KLAnchor(coefficient=0.7)
     kl.before_task(TASKS["left"], learner)
     rows = dataclasses.replace(batch(6), temperature=1.6)
-    assert float(kl.batch_loss(learner, rows, rows).detach()) == pytest.approx(0, abs=1e-6)
+    assert float(kl.batch_loss(learner.outputs(rows), rows).detach()) == pytest.approx(0, abs=1e-6)
     shake(learner, seed=0)
     old = log_softmax(teacher.logits(rows).detach().double().numpy() / 1.6)
     new = log_softmax(learner.logits(rows).detach().double().numpy() / 1.6)
     expected = 0.7 * (np.exp(old) * (old - new)).sum(-1)[rows.mask].mean()
     assert expected > 0.001
-    assert float(kl.batch_loss(learner, rows, rows).detach()) == pytest.approx(expected, rel=1e-3)
+    assert float(kl.batch_loss(learner.outputs(rows), rows).detach()) == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -67,10 +67,12 @@ def test_the_teacher_disturbs_neither_weights_nor_graphs(adapter):
     shake(learner, seed=0)
     before = {name: p.detach().clone() for name, p in learner.model.named_parameters()}
     loss = learner.logits(rows).square().mean()
-    penalty = kl.batch_loss(learner, rows, rows)
+    penalty = kl.batch_loss(learner.outputs(rows), rows)
     together = gradients(learner, loss + penalty + learner.value(rows).sum())
     alone = gradients(learner, learner.logits(rows).square().mean() + learner.value(rows).sum())
-    pulls = torch.autograd.grad(kl.batch_loss(learner, rows, rows), learner.trainable().values(), allow_unused=True)
+    pulls = torch.autograd.grad(
+        kl.batch_loss(learner.outputs(rows), rows), learner.trainable().values(), allow_unused=True
+    )
     for (name, gradient), pull in zip(alone.items(), pulls, strict=True):
         torch.testing.assert_close(together[name], gradient if pull is None else gradient + pull)
     assert all(torch.equal(p, before[name]) for name, p in learner.model.named_parameters())

@@ -211,7 +211,7 @@ def test_ut2026_squares_partial_sums_of_the_training_gradient():
     slopes = torch.tensor([[[1.0, 2.0], [0.0, -1.0], [3.0, 0.5]], [[-2.0, 1.0], [1.0, 1.0], [200.0, 0.0]]])
     for _ in range(3):  # optimiser steps, of two micro-batches each
         for slope in slopes:
-            assert ewc.batch_loss(learner, rows, rows) is None
+            assert ewc.batch_loss(learner.outputs(rows), rows) is None
             (slope * learner.model.weight).sum().backward()
         learner.model.zero_grad(set_to_none=True)
     ewc.after_task(TASKS["left"], learner, lambda count: pytest.fail("ut2026 plays no episodes"))
@@ -223,8 +223,8 @@ def test_ut2026_squares_partial_sums_of_the_training_gradient():
     with torch.no_grad():
         learner.model.weight.add_(0.5)
     energy = float(2.0 * expected.sum() * 0.25)
-    assert float(ewc.batch_loss(learner, rows, rows).detach()) == pytest.approx(energy)
-    assert float(ewc.batch_loss(learner, rows.take(np.arange(1)), rows).detach()) == pytest.approx(energy / 4)
+    assert float(ewc.batch_loss(learner.outputs(rows), rows).detach()) == pytest.approx(energy)
+    assert float(ewc.batch_loss(learner.outputs(rows.take(np.arange(1))), rows).detach()) == pytest.approx(energy / 4)
     assert ewc.penalty(learner) is None
 
 
@@ -232,7 +232,7 @@ def test_ut2026_counts_optimiser_steps_although_some_parameters_get_no_gradient(
     learner, ewc, rows = policy(), EWC(variant="ut2026"), batch(2)
     for _ in range(3):
         for _ in range(2):
-            ewc.batch_loss(learner, rows, rows)
+            ewc.batch_loss(learner.outputs(rows), rows)
             learner.model.head.weight.sum().backward()
         learner.model.zero_grad(set_to_none=True)
     assert ewc.squares.steps == 3
@@ -242,7 +242,7 @@ def test_ut2026_counts_optimiser_steps_although_some_parameters_get_no_gradient(
 
 def test_ut2026_no_longer_listens_after_a_task():
     learner, ewc, rows = SoftmaxRegression(WEIGHT), EWC(variant="ut2026"), batch(2)
-    ewc.batch_loss(learner, rows, rows)
+    ewc.batch_loss(learner.outputs(rows), rows)
     learner.model.weight.sum().backward()
     ewc.after_task(TASKS["left"], learner, lambda count: [])
     learner.model.weight.sum().backward()

@@ -31,16 +31,16 @@ def imitation(learner, rows):
 
 def test_replay_loss_is_the_weighted_imitation_loss():
     learner, rows = policy(), batch(7)
-    loss = Replay(coefficient=0.3).replay_loss(learner, rows, rows)
+    loss = Replay(coefficient=0.3).replay_loss(learner.outputs(rows), rows)
     assert float(loss.detach()) == pytest.approx(0.3 * imitation(learner, rows), rel=1e-5)
 
 
 def test_dark_replay_loss_is_the_squared_error_of_executed_logits():
     learner, rows = policy(), with_logits(batch(7), seed=4)
     squares = ((numpy_logits(learner, rows) - rows.logits) ** 2)[rows.mask].mean()
-    loss = DarkReplay(coefficient=0.3).replay_loss(learner, rows, rows)
+    loss = DarkReplay(coefficient=0.3).replay_loss(learner.outputs(rows), rows)
     assert float(loss.detach()) == pytest.approx(0.3 * squares, rel=1e-5)
-    both = DarkReplay(coefficient=0.3, label_coefficient=0.7).replay_loss(learner, rows, rows)
+    both = DarkReplay(coefficient=0.3, label_coefficient=0.7).replay_loss(learner.outputs(rows), rows)
     assert float(both.detach()) == pytest.approx(0.3 * squares + 0.7 * imitation(learner, rows), rel=1e-5)
 
 
@@ -48,7 +48,7 @@ def test_dark_replay_loss_is_the_squared_error_of_executed_logits():
 def test_dark_replay_looks_once_at_what_it_replays(label_coefficient):
     learner, rows, looks = policy(), with_logits(batch(7), seed=4), []
     learner.model.register_forward_hook(lambda *_: looks.append(1))
-    DarkReplay(label_coefficient=label_coefficient).replay_loss(learner, rows, rows)
+    DarkReplay(label_coefficient=label_coefficient).replay_loss(learner.outputs(rows), rows)
     assert len(looks) == 1
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perennial.errors import LearningError
 from perennial.learning.optimizer import AdamWConfig, set_learning_rate
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.strategies._composition import Strategies
@@ -87,7 +87,7 @@ class Objective(ABC):
         """
 
 
-Loss = Callable[[Policy, Batch], tuple[Tensor, Mapping[str, float]]]
+Loss = Callable[[Outputs], tuple[Tensor, Mapping[str, float]]]
 """The loss of some rows of a batch, a sum with the rows' weights, and figures to add up over rows."""
 
 
@@ -112,15 +112,17 @@ def gradient_step(
     optimizer.zero_grad(set_to_none=True)
     metrics: Metrics = {"loss": 0.0, "penalty": 0.0}
     for part in batch.parts(config.rows):
-        total, figures = loss(policy, part)
+        outputs = policy.outputs(part)
+        total, figures = loss(outputs)
         metrics["loss"] += float(total.detach())
-        added = strategies.batch_loss(policy, part, batch)
+        added = strategies.batch_loss(outputs, batch)
         if added is not None:
             metrics["penalty"] += float(added.detach())
             total = total + added
         total.backward()  # type: ignore[no-untyped-call]
         for name, value in figures.items():
             metrics[name] = metrics.get(name, 0.0) + value
+        del outputs  # and with it what the forward pass kept, before the next one begins
     for beside in strategies.losses_beside(policy, rng, len(batch), config.rows):
         metrics["penalty"] += float(beside.detach())
         beside.backward()  # type: ignore[no-untyped-call]

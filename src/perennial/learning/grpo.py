@@ -24,7 +24,7 @@ from perennial.errors import PerennialError
 from perennial.learning._on_policy import clipped_surrogate, deal, passes
 from perennial.learning.advantages import group_relative
 from perennial.learning.base import Metrics, Objective
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory, to_batch
 from perennial.strategies._composition import Strategies
@@ -96,9 +96,9 @@ class GRPO(Objective):
         )
         return metrics | {"kept": share}
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(self, outputs: Outputs) -> tuple[Tensor, Mapping[str, float]]:
         """The clipped surrogate of some decisions, weighted and summed over tokens."""
-        return clipped_surrogate(policy.log_prob(batch), batch, self.clip_low, self.clip_high)
+        return clipped_surrogate(outputs.log_prob, outputs.batch, self.clip_low, self.clip_high)
 
 
 def weighted_batch(policy: Policy, trajectories: list[Trajectory]) -> tuple[Batch, float]:

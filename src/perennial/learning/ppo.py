@@ -31,7 +31,7 @@ from perennial.errors import PerennialError
 from perennial.learning._on_policy import clipped_surrogate, deal, passes
 from perennial.learning.advantages import EPSILON, gae
 from perennial.learning.base import Metrics, Objective
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory, to_batch
 from perennial.strategies._composition import Strategies
@@ -137,11 +137,11 @@ class PPO(Objective):
         )
         return batch, 1 - float(np.var(error)) / variance if variance else 0.0
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(self, outputs: Outputs) -> tuple[Tensor, Mapping[str, float]]:
         """Surrogate, squared error of the values and entropy bonus, weighted and summed over tokens."""
+        batch, log_prob, value = outputs.batch, outputs.log_prob, outputs.value
         assert batch.weight is not None
         assert batch.target is not None
-        log_prob, value = policy.log_prob_and_value(batch)
         loss, figures = clipped_surrogate(log_prob, batch, self.clip, self.clip)
         weight = torch.from_numpy(batch.weight).to(value.device)
         target = torch.from_numpy(batch.target).to(value.device)
@@ -149,7 +149,7 @@ class PPO(Objective):
         loss = loss + self.value_coefficient * error
         figures = {**figures, "value_loss": float(error.detach())}
         if self.entropy_coefficient:
-            log_probs = (policy.logits(batch) / batch.temperature).log_softmax(-1)
+            log_probs = (outputs.logits / batch.temperature).log_softmax(-1)
             entropy = -(log_probs.exp() * log_probs).sum(-1)
             loss = loss - self.entropy_coefficient * (entropy * weight).sum()
             mask = torch.from_numpy(batch.mask).to(value.device)

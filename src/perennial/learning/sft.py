@@ -15,7 +15,7 @@ from torch import Tensor
 from perennial.demonstrations.dataset import absolute, load, require_recorded, to_batch
 from perennial.errors import PerennialError
 from perennial.learning.base import Metrics, Objective, gradient_step
-from perennial.policies.base import Batch, Policy, concatenate
+from perennial.policies.base import Batch, Outputs, Policy, concatenate
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.strategies._composition import Strategies
@@ -95,9 +95,9 @@ class SFT(Objective):
         rows = rng.integers(len(target), size=count), rng.integers(len(other), size=self.batch_size - count)
         return concatenate([target.take(rows[0]), other.take(rows[1])])
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(self, outputs: Outputs) -> tuple[Tensor, Mapping[str, float]]:
         """Each row's imitation loss, summed with weight 1 / batch_size."""
-        return policy.imitation_loss(batch).sum() / self.batch_size, {}
+        return outputs.imitation_loss.sum() / self.batch_size, {}
 
 
 @functools.lru_cache(maxsize=4)

@@ -22,6 +22,7 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -34,7 +35,7 @@ from perennial.policies import _flow, _tokenizer
 from perennial.policies._pi0_config import Moments, PI0Config
 from perennial.policies._tensors import write_tensors
 from perennial.policies._value_head import new_value_head
-from perennial.policies.base import ActionChunk, Batch, Observation, Policy
+from perennial.policies.base import ActionChunk, Batch, Observation, Outputs, Policy
 from perennial.policies.lora import unwrap
 from perennial.randomness import integer_seed, stream
 
@@ -131,10 +132,9 @@ class FlowPolicy(Policy):
         """
         return self._value(self._prefix(batch.observation), self._state(batch.observation))
 
-    def log_prob_and_value(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Both from one pass over images and prompt."""
-        prefix, state = self._prefix(batch.observation), self._state(batch.observation)
-        return self._path_log_prob(batch, prefix, state), self._value(prefix, state)
+    def outputs(self, batch: Batch) -> Outputs:
+        """Log-probability and value from one pass over images and prompt."""
+        return _OnePass(self, batch)
 
     def _value(self, prefix: Any, state: Tensor) -> Tensor:
         assert self.value_head is not None, "add_value_head comes first"
@@ -342,11 +342,24 @@ class FlowPolicy(Policy):
         keys = []
         for images, state, text in zip(observation.images, observation.states, observation.instructions, strict=True):
             row = (np.ascontiguousarray(images).data, np.ascontiguousarray(state).data, text.encode(), weights)
-            digest = hashlib.sha256()
-            for part in row:
-                digest.update(part)
-            keys.append(digest.hexdigest())
+            keys.append(hashlib.sha256(b"".join(row)).hexdigest())
         return keys
+
+
+class _OnePass(Outputs):
+    policy: FlowPolicy
+
+    @cached_property
+    def _seen(self) -> tuple[Any, Tensor]:
+        return self.policy._prefix(self.batch.observation), self.policy._state(self.batch.observation)
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        return self.policy._path_log_prob(self.batch, *self._seen)
+
+    @cached_property
+    def value(self) -> Tensor:
+        return self.policy._value(*self._seen)
 
 
 def _noise(key: str, horizon: int, width: int) -> tuple[float, np.ndarray]:

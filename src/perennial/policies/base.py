@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -114,6 +115,37 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     )
 
 
+class Outputs:
+    """What a policy says about a batch: its methods of the same names, each called once, when it is first asked for.
+
+    An objective and the strategies beside it read the same outputs, so that none of them repeats a forward pass.
+    """
+
+    def __init__(self, policy: Policy, batch: Batch) -> None:
+        self.policy = policy
+        self.batch = batch
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """See `Policy.log_prob`."""
+        return self.policy.log_prob(self.batch)
+
+    @cached_property
+    def imitation_loss(self) -> Tensor:
+        """See `Policy.imitation_loss`."""
+        return self.policy.imitation_loss(self.batch)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """See `Policy.logits`."""
+        return self.policy.logits(self.batch)
+
+    @cached_property
+    def value(self) -> Tensor:
+        """See `Policy.value`."""
+        return self.policy.value(self.batch)
+
+
 class Policy(ABC):
     """A vision-language-action policy that owns its processor: images and words in, environment actions out.
 
@@ -172,9 +204,9 @@ class Policy(ABC):
         """Values of the observations, float32 [N], differentiable, for policies to which a head can be added."""
         raise NotImplementedError(f"{self.name} has no value head")
 
-    def log_prob_and_value(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """`log_prob` and `value`; policies where these share a forward pass make only one."""
-        return self.log_prob(batch), self.value(batch)
+    def outputs(self, batch: Batch) -> Outputs:
+        """All that the policy says about `batch`; policies where parts of it share a forward pass make only one."""
+        return Outputs(self, batch)
 
     @classmethod
     def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _images, _openvla_anatomy, _openvla_published, _tokenizer
+from perennial.policies import _images, _openvla_anatomy, _openvla_published, _softmax, _tokenizer
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._groups import by_prefix
 from perennial.policies._openvla_oft_config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
@@ -29,7 +29,7 @@ from perennial.policies._placement import module_lists
 from perennial.policies._tensors import read_tensors, write_tensors
 from perennial.policies._tokenizer import train_tokenizer
 from perennial.policies._value_head import new_value_head
-from perennial.policies.base import ActionChunk, Batch, Observation, Policy
+from perennial.policies.base import ActionChunk, Batch, Observation, Outputs, Policy
 from perennial.policies.lora import unwrap
 from perennial.randomness import integer_seed
 
@@ -105,13 +105,11 @@ class OpenVLAOFT(Policy):
 
     def log_prob(self, batch: Batch) -> Tensor:
         """Log-probability of each token of `batch.sample`, float32 [N, K]."""
-        return _log_prob(self.logits(batch), batch)
+        return _softmax.log_prob(self.logits(batch), batch)
 
     def imitation_loss(self, batch: Batch) -> Tensor:
         """Cross-entropy of `batch.sample`, float32 [N], the mean over each row's unmasked tokens."""
-        log_prob = _gather(self.logits(batch).log_softmax(-1), torch.from_numpy(batch.sample).to(self.device))
-        mask = torch.from_numpy(batch.mask).to(log_prob.device)
-        return -(log_prob * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return _softmax.imitation_loss(self.logits(batch), batch)
 
     def logits(self, batch: Batch) -> Tensor:
         """Raw logits of the action bins, float32 [N, K, bins], in the order of `sample`."""
@@ -125,10 +123,9 @@ class OpenVLAOFT(Policy):
         """Values of the observations, float32 [N]."""
         return self._value(self._states(batch))
 
-    def log_prob_and_value(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Both from one forward pass."""
-        states = self._states(batch)
-        return _log_prob(self._head(states), batch), self._value(states)
+    def outputs(self, batch: Batch) -> Outputs:
+        """All of them from one forward pass."""
+        return _softmax.OnePass(self, batch, self._states, self._head, self._value)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Tokens for the mean action of each held window of `actions` [N, C, D]; int64 [N, K]."""
@@ -315,17 +312,7 @@ def choose(logits: Tensor, temperature: float, uniform: np.ndarray | None) -> tu
         return sample, torch.zeros(sample.shape)
     log_probs = (logits / temperature).log_softmax(-1)
     sample = _inverse_cdf(log_probs, uniform)
-    return sample, _gather(log_probs, sample)
-
-
-def _log_prob(logits: Tensor, batch: Batch) -> Tensor:
-    """Log-probability of `batch.sample` at its temperature, [N, K]."""
-    log_probs = (logits / batch.temperature).log_softmax(-1)
-    return _gather(log_probs, torch.from_numpy(batch.sample).to(logits.device))
-
-
-def _gather(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(-1, index[..., None]).squeeze(-1)
+    return sample, log_probs.gather(-1, sample[..., None]).squeeze(-1)
 
 
 def _inverse_cdf(log_probs: Tensor, uniform: np.ndarray) -> Tensor:

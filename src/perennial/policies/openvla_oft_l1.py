@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.policies.base import ActionChunk, Batch, Observation
+from perennial.policies.base import ActionChunk, Batch, Observation, Outputs
 from perennial.policies.lora import unwrap
 from perennial.policies.openvla_oft import OpenVLAOFT
 
@@ -56,6 +56,10 @@ class OpenVLAOFTL1(OpenVLAOFT):
         error = (self._said(batch.observation).flatten(1) - target).abs()
         mask = torch.from_numpy(batch.mask).to(error.device)
         return (error * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """The imitation loss."""
+        return Outputs(self, batch)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Normalised mean action of each held window of `actions` [N, C, D]; float32 [N, K]."""

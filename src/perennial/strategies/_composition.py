@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Outputs, Policy
 from perennial.strategies.base import Collect, ParameterGroup, Strategy
 from perennial.suites.base import Task
 
@@ -39,9 +39,9 @@ class Strategies:
             )
         return grouped[0][1] if grouped else None
 
-    def batch_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor | None:
-        """The sum of what the members add for `part` of the rows of `whole`; None if nothing."""
-        losses = [loss for m in self.members if (loss := m.batch_loss(policy, part, whole)) is not None]
+    def batch_loss(self, outputs: Outputs, whole: Batch) -> Tensor | None:
+        """The sum of what the members add for a part of `whole`; None if nothing."""
+        losses = [loss for m in self.members if (loss := m.batch_loss(outputs, whole)) is not None]
         return sum(losses[1:], losses[0]) if losses else None
 
     def losses_beside(self, policy: Policy, rng: np.random.Generator, size: int, micro_batch: int) -> Iterator[Tensor]:
@@ -57,7 +57,7 @@ class Strategies:
         for member in self.members:
             whole = member.replay(rng, size)
             if whole is not None:
-                yield from (member.replay_loss(policy, part, whole) for part in whole.parts(micro_batch))
+                yield from (member.replay_loss(policy.outputs(part), whole) for part in whole.parts(micro_batch))
 
     def after_step(self, policy: Policy) -> None:
         """See `Strategy.after_step`."""

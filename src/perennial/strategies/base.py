@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 from torch import Tensor, nn
 
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Outputs, Policy
 from perennial.rollout.trajectory import Trajectory
 from perennial.suites.base import Task
 
@@ -79,11 +79,11 @@ class Strategy:
         """A scalar of the weights alone, added to the loss once per optimiser step; None adds nothing."""
         return None
 
-    def batch_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor | None:
-        """What `part` of the rows adds to a scalar loss on `whole`, the batch that is learned from; None adds nothing.
+    def batch_loss(self, outputs: Outputs, whole: Batch) -> Tensor | None:
+        """What `outputs.batch`, a part of `whole`, adds to a scalar loss on what is learned from; None adds nothing.
 
-        Called before the backward pass of each micro-batch, `part`. The parts of any partition add up to the loss,
-        coefficient included: averages are over `whole`.
+        Called before the backward pass of each part. The parts of any partition add up to the loss, coefficient
+        included: averages are over `whole`.
         """
         return None
 
@@ -91,12 +91,12 @@ class Strategy:
         """At most `size` rows of earlier tasks, to be mixed into an update on that many rows."""
         return None
 
-    def replay_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor:
-        """What `part` of the rows adds to the scalar loss of `whole`, the batch that `replay` gave.
+    def replay_loss(self, outputs: Outputs, whole: Batch) -> Tensor:
+        """What `outputs.batch`, a part of `whole`, adds to the scalar loss of the batch that `replay` gave.
 
         The parts of any partition add up to the loss, coefficient included: averages are over `whole`.
         """
-        return policy.imitation_loss(part).sum() / len(whole)
+        return outputs.imitation_loss.sum() / len(whole)
 
     def after_step(self, policy: Policy) -> None:
         """Called after every optimiser step."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Outputs, Policy
 from perennial.strategies._weights import looking_through, prefixed, snapshot, unprefixed
 from perennial.strategies.base import ROWS
 from perennial.strategies.replay import Replay
@@ -61,19 +61,15 @@ class DarkReplay(Replay):
         """Sum of the weights of what is replayed."""
         return self.coefficient + self.label_coefficient
 
-    def replay_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor:
+    def replay_loss(self, outputs: Outputs, whole: Batch) -> Tensor:
         """The weighted squared error of the logits and, for DER++, the weighted imitation loss."""
-        logits = policy.logits(part)
+        part, logits = outputs.batch, outputs.logits
         kept = torch.from_numpy(part.logits).to(logits.device)
         mask = torch.from_numpy(part.mask).to(logits.device)
         errors = ((logits - kept) ** 2).mean(-1)
         loss = self.coefficient * (errors * mask).sum() / max(1, int(whole.mask.sum()))
         if self.label_coefficient:
-            # The imitation loss, from the same forward pass.
-            sample = torch.from_numpy(part.sample).to(logits.device)
-            log_prob = logits.log_softmax(-1).gather(-1, sample[..., None]).squeeze(-1)
-            imitation = -(log_prob * mask).sum(1) / mask.sum(1).clamp(min=1)
-            loss = loss + self.label_coefficient * imitation.sum() / len(whole)
+            loss = loss + self.label_coefficient * outputs.imitation_loss.sum() / len(whole)
         return loss
 
     def state_dict(self) -> dict[str, Tensor]:

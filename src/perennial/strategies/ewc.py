@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perennial.demonstrations.dataset import absolute, load, require_recorded, to_batch
 from perennial.errors import PerennialError
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import stream
 from perennial.rollout import trajectory
 from perennial.strategies._running_squares import RunningSquares
@@ -96,13 +96,13 @@ class EWC(Strategy):
         """The energy of the textbook's springs."""
         return self._energy(policy, 0.5) if self.variant == "textbook" else None
 
-    def batch_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor | None:
-        """For `ut2026` the share of the spring energy that `part` carries."""
+    def batch_loss(self, outputs: Outputs, whole: Batch) -> Tensor | None:
+        """For `ut2026` the share of the spring energy that the part carries."""
         if self.variant == "textbook":
             return None
-        self.squares.watch(policy)
-        energy = self._energy(policy, 1.0)
-        return None if energy is None else energy * (len(part) / len(whole))
+        self.squares.watch(outputs.policy)
+        energy = self._energy(outputs.policy, 1.0)
+        return None if energy is None else energy * (len(outputs.batch) / len(whole))
 
     def _energy(self, policy: Policy, factor: float) -> Tensor | None:
         """The spring energy, coefficient * factor * sum F (theta - theta*)^2; None where nothing is held."""

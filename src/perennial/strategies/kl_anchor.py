@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Outputs, Policy
 from perennial.strategies._weights import looking_through, prefixed, snapshot, unprefixed
 from perennial.strategies.base import Strategy
 from perennial.suites.base import Task
@@ -48,13 +48,14 @@ class KLAnchor(Strategy):
         if self.anchor == "previous" or not self.teacher:
             self.teacher = snapshot(policy)
 
-    def batch_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor | None:
-        """The divergence on the rows of `part`, over the tokens of `whole`."""
+    def batch_loss(self, outputs: Outputs, whole: Batch) -> Tensor | None:
+        """The divergence on the rows of a part, over the tokens of `whole`."""
         if self.coefficient == 0 or not self.teacher:
             return None
+        policy, part = outputs.policy, outputs.batch
         with torch.no_grad(), looking_through(policy, self.teacher):
             teacher = (policy.logits(part) / part.temperature).log_softmax(-1)
-        student = (policy.logits(part) / part.temperature).log_softmax(-1)
+        student = (outputs.logits / part.temperature).log_softmax(-1)
         mask = torch.from_numpy(part.mask).to(student.device)
         divergence = (teacher.exp() * (teacher - student)).sum(-1)
         return self.coefficient * (divergence * mask).sum() / max(1, int(whole.mask.sum()))

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.policies.base import Batch, Policy
+from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import stream
 from perennial.rollout.trajectory import to_batch
 from perennial.strategies._memory import draw, from_tensors, to_tensors
@@ -63,9 +63,9 @@ class Replay(Strategy):
         """Sum of the weights of what is replayed; with 0 nothing is drawn."""
         return self.coefficient
 
-    def replay_loss(self, policy: Policy, part: Batch, whole: Batch) -> Tensor:
+    def replay_loss(self, outputs: Outputs, whole: Batch) -> Tensor:
         """The imitation loss, weighted."""
-        return self.coefficient * policy.imitation_loss(part).sum() / len(whole)
+        return self.coefficient * outputs.imitation_loss.sum() / len(whole)
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Keep decisions of fresh successful episodes."""

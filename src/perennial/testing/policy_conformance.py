@@ -64,19 +64,26 @@ def log_prob_is_that_of_acting(subject: Subject) -> None:
 
 
 def logits_give_log_prob_and_imitation_loss(subject: Subject) -> None:
-    """Where there are logits, both are those of their softmax, over executed tokens, at its temperature and at 1."""
+    """Where there are logits, both are those of their softmax, over executed tokens, at its temperature and at 1.
+
+    `outputs` has all three.
+    """
     policy = subject.make()
     if type(policy).logits is Policy.logits:
         return
     batch = _acted(policy, subject.observation, 1.6)
     mask = batch.mask & (np.arange(len(policy.token_steps)) <= np.arange(len(batch))[:, None])
+    batch = replace(batch, mask=mask)
     with torch.no_grad():
-        logits, losses = policy.logits(batch), policy.imitation_loss(replace(batch, mask=mask))
+        logits, losses, outputs = policy.logits(batch), policy.imitation_loss(batch), policy.outputs(batch)
+        together = outputs.log_prob, outputs.imitation_loss, outputs.logits
     chosen, executed = torch.from_numpy(batch.sample)[..., None], torch.from_numpy(mask)
     log_prob = (logits / 1.6).log_softmax(-1).gather(-1, chosen).squeeze(-1)
     np.testing.assert_allclose(_log_prob(policy, batch), log_prob, atol=subject.tolerance)
     surprise = -logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
     np.testing.assert_allclose(losses, (surprise * executed).sum(1) / executed.sum(1), atol=subject.tolerance)
+    for one, other in zip(together, (log_prob, losses, logits), strict=True):
+        np.testing.assert_allclose(one, other, atol=subject.tolerance)
 
 
 def batch_neighbours_do_not_matter(subject: Subject) -> None:

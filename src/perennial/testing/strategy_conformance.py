@@ -11,7 +11,6 @@ enough to fill within a few episodes.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from perennial.learning.base import gradient_step
 from perennial.learning.optimizer import AdamWConfig, build_optimizer, optimised
 from perennial.learning.ppo import PPO
 from perennial.learning.sft import SFT
-from perennial.policies.base import Batch, Observation
+from perennial.policies.base import Batch, Observation, Outputs, Policy
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.randomness import stream
 from perennial.rollout.collect import Environments, play
@@ -269,15 +268,16 @@ def check_parts(make: Make) -> None:
         for strategy in run.strategies.members:
             replayed = strategy.replay(stream(1, "replay"), 16)
             if replayed is not None:
-                _parts_add_up(functools.partial(strategy.replay_loss, run.policy), replayed)
-            _parts_add_up(functools.partial(strategy.batch_loss, run.policy), run.batch(TASKS[2], 2))
+                _parts_add_up(run.policy, strategy.replay_loss, replayed)
+            _parts_add_up(run.policy, strategy.batch_loss, run.batch(TASKS[2], 2))
 
 
 @torch.no_grad()
-def _parts_add_up(loss: Callable[[Batch, Batch], Tensor | None], whole: Batch) -> None:
-    expected = loss(whole, whole)
+def _parts_add_up(policy: Policy, loss: Callable[[Outputs, Batch], Tensor | None], whole: Batch) -> None:
+    expected = loss(policy.outputs(whole), whole)
     for size in (1, 5):
-        parts = [value for part in whole.parts(size) if (value := loss(part, whole)) is not None]
+        losses = [loss(policy.outputs(part), whole) for part in whole.parts(size)]
+        parts = [value for value in losses if value is not None]
         assert bool(parts) == (expected is not None), "only some of the parts have a loss"
         if expected is not None:
             torch.testing.assert_close(sum(parts), expected, rtol=1e-4, atol=1e-7)

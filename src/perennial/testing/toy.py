@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,8 +22,9 @@ from torch.nn import functional
 
 from perennial import randomness
 from perennial.errors import PerennialError, unknown
+from perennial.policies._softmax import OnePass
 from perennial.policies._value_head import new_value_head
-from perennial.policies.base import ActionChunk, Batch, Observation, Policy
+from perennial.policies.base import ActionChunk, Batch, Observation, Outputs, Policy
 from perennial.suites import base as suites
 from perennial.suites.base import Environment, Suite, Task
 
@@ -241,8 +243,15 @@ class ToyPolicy(Policy):
 
     def value(self, batch: Batch) -> Tensor:
         """Values of the observations, float32 [N]."""
+        return self._value(self._forward(batch.observation))
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """All of them from one forward pass."""
+        return OnePass(self, batch, lambda seen: self._forward(seen.observation), itemgetter(0), self._value)
+
+    def _value(self, logits_and_hidden: tuple[Tensor, Tensor]) -> Tensor:
         assert self.value_head is not None, "add_value_head comes first"
-        value: Tensor = self.value_head(self._forward(batch.observation)[1])
+        value: Tensor = self.value_head(logits_and_hidden[1])
         return value
 
     @classmethod

@@ -40,10 +40,11 @@ def values_judge_states(subject: Subject) -> None:
 
 
 def log_probabilities_and_values_come_together(subject: Subject) -> None:
-    """`log_prob_and_value` is both, with the same gradient."""
+    """`outputs` has both, with the same gradient."""
     policy = _with_values(subject)
     batch = _acted(policy, subject.observation, 1.6)
-    together, apart = policy.log_prob_and_value(batch), (policy.log_prob(batch), policy.value(batch))
+    outputs = policy.outputs(batch)
+    together, apart = (outputs.log_prob, outputs.value), (policy.log_prob(batch), policy.value(batch))
     gradients, learning = [], list(optimised(policy).values())
     for log_prob, value in (together, apart):
         loss = (log_prob.mean(1) * value).sum()
