@@ -46,7 +46,7 @@ def pair(toy_checkpoint, unreliable):
     """Two worker processes in the unreliable worlds."""
     config = WorkerConfig("process", count=2, slots=4, timeout=TIMEOUT)
     cast = Cast("toyhouse.unreliable", TOY, toy_checkpoint, seed=7)
-    with ProcessWorkers(config, cast, ToyPolicy().acting_weights()) as workers:
+    with closing(ProcessWorkers(config, cast, ToyPolicy().acting_weights())) as workers:
         yield workers
 
 
@@ -72,7 +72,8 @@ def test_processes_and_this_process_play_the_same(pair, toy_checkpoint):
 def test_ctrl_c_is_not_for_workers_even_while_they_start(toy_checkpoint):
     cast = Cast(TOY, TOY, toy_checkpoint, seed=7)
     former = signal.getsignal(signal.SIGINT)  # ignored already where the tests run in the background of a shell
-    with ProcessWorkers(WorkerConfig("process", count=1), cast, ToyPolicy().acting_weights()) as workers:
+    config = WorkerConfig("process", count=1)
+    with closing(ProcessWorkers(config, cast, ToyPolicy().acting_weights())) as workers:
         process = workers._workers[0].process
         os.kill(process.pid, signal.SIGINT)
         assert len(workers.collect(requests())) == ENOUGH

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 import psutil
 import torch
@@ -27,7 +27,7 @@ from perennial import discovery, faults
 from perennial.errors import LearningError, PerennialError
 from perennial.policies._placement import DType, load_policy
 from perennial.policies.base import Policy
-from perennial.policies.lora import bind, flatten
+from perennial.policies.lora import Layout, bind, flatten
 from perennial.rollout.collect import Environments, OnEpisode, play
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.suites.base import Suite
@@ -173,12 +173,13 @@ class ProcessWorkers:
 
     def __init__(self, config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor]) -> None:
         self._config = config
-        self._flat, _ = flatten(weights)
+        self._flat, layout = flatten(weights)
         self._flat.share_memory_()  # type: ignore[no-untyped-call]
         context = multiprocessing.get_context("spawn")
 
         def start(connection: Connection) -> BaseProcess:
-            process = context.Process(target=_serve, args=(connection, cast, config.slots, self._flat), daemon=True)
+            arguments = (connection, cast, config.slots, self._flat, layout)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             former = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's to answer
             process.start()
             signal.signal(signal.SIGINT, former)
@@ -235,19 +236,13 @@ class ProcessWorkers:
         for worker in self._workers:
             worker.stop()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _serve(connection: Connection, cast: Cast, slots: int, flat: Tensor) -> None:
+def _serve(connection: Connection, cast: Cast, slots: int, flat: Tensor, layout: Layout) -> None:
     """The life of a worker process: play what is asked until the parent goes away."""
     torch.set_num_threads(1)
     policy, environments = _assemble(cast)
     own = flat.to(policy.device)  # the shared buffer itself on the CPU
-    bind(policy.model, own, flatten(policy.acting_weights())[1])
+    bind(policy.model, own, layout)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             episodes = connection.recv()
