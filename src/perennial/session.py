@@ -95,8 +95,8 @@ class Session:
     def stage_optimizer(self, objective: Objective, cursor: Cursor) -> torch.optim.AdamW:
         """The optimiser of a stage: fresh at its first iteration, else as it was committed."""
         self.optimizer = build_optimizer(self.policy, self.strategies, objective.optimizer, objective.value_rate)
-        latest = self.folder.latest()
-        if cursor.iteration and latest is not None:
+        latest = self.folder.latest() if cursor.iteration else None
+        if latest is not None:
             load_optimizer(self.optimizer, optimised(self.policy), latest.path / "optimizer.safetensors")
         return self.optimizer
 
