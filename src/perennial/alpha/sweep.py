@@ -26,10 +26,11 @@ from perennial.randomness import stream
 from perennial.rollout.trajectory import Episode
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
 from perennial.strategies._weights import looking_through
+from perennial.strategies.base import ROWS
 from perennial.suites.base import Suite, Task
 
-DECISIONS, ROWS = 256, 64
-"""Decisions of demonstrations that a loss is taken on, and how many pass through the policy at once."""
+DECISIONS = 256
+"""Decisions of demonstrations that a loss is taken on."""
 
 
 @dataclass(frozen=True)

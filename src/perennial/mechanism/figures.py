@@ -164,8 +164,7 @@ def _episodes(
     played = workers.collect(asked)
     decisions = None
     if keep:
-        batch = to_batch(played, policy.token_steps)
-        decisions = batch.take(np.linspace(0, len(batch) - 1, min(DECISIONS, len(batch))).astype(int))
+        decisions = to_batch(played, policy.token_steps).spread(DECISIONS)
     return [trajectory.success for trajectory in played], decisions
 
 

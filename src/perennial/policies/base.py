@@ -94,6 +94,10 @@ class Batch:
         }
         return replace(self, observation=self.observation.take(rows), **arrays)
 
+    def spread(self, count: int) -> Batch:
+        """Up to `count` rows, evenly spread."""
+        return self.take(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
+
     def parts(self, size: int) -> Iterator[Batch]:
         """All rows in order, at most `size` at a time."""
         for start in range(0, len(self), size):

@@ -89,7 +89,7 @@ class EWC(Strategy):
         """Anchor to the weights that the task starts from."""
         if self.pretraining and not self.fisher:
             shown = to_batch(load(Path(self.pretraining)), policy)
-            self._add(fisher_diagonal(policy, drawn(policy, _spread(shown, self.samples))), self.decay)
+            self._add(fisher_diagonal(policy, drawn(policy, shown.spread(self.samples))), self.decay)
         self.anchor = snapshot(policy) if self.fisher else {}
 
     def penalty(self, policy: Policy) -> Tensor | None:
@@ -121,7 +121,7 @@ class EWC(Strategy):
             self._add(self.squares.finish(ceiling=1e4), 1.0)
         else:
             played = trajectory.to_batch(collect(self.episodes), policy.token_steps)
-            self._add(fisher_diagonal(policy, _spread(played, self.samples)), self.decay)
+            self._add(fisher_diagonal(policy, played.spread(self.samples)), self.decay)
 
     def _add(self, fisher: Tensors, decay: float) -> None:
         """Let what is known so far decay, and add another task's Fisher."""
@@ -169,8 +169,3 @@ def drawn(policy: Policy, batch: Batch) -> Batch:
     chunks = [policy.act(part.observation, 1.0, list(islice(rng, len(part)))) for part in batch.parts(ROWS)]
     sample = np.concatenate([chunk.sample for chunk in chunks])
     return replace(batch, sample=sample, temperature=1.0, log_prob=None)
-
-
-def _spread(batch: Batch, count: int) -> Batch:
-    """Up to `count` rows, evenly spread."""
-    return batch.take(np.linspace(0, len(batch) - 1, min(count, len(batch))).astype(int))
