@@ -42,11 +42,9 @@ SHIFT = 2
 WORD_DROPOUT = 0.25
 """Share of words left out of a scrambled instruction."""
 WARMUP_STEPS = 200
-BEGUN, DESCRIPTION = "begun.json", "pretraining.json"
-
-
 COMMIT_STEPS = 250
 """Steps between two commits: a killed process loses no more of them."""
+BEGUN, DESCRIPTION = "begun.json", "pretraining.json"
 
 
 def pretrain(options: Pretrain, console: Console) -> None:

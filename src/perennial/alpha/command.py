@@ -115,11 +115,12 @@ def _figures(
     names = ("target", "generalist")[: len(plan.objectives)]
     parts = [[runner.outcomes[:, columns] for columns in plan.objectives] for runner in field]
     weights = (1.0,) if len(names) == 1 else (1 - options.retention, options.retention)
-    scores = {
-        id(runner): sum(w * part.mean() for w, part in zip(weights, of_runner, strict=True))
-        for runner, of_runner in zip(field, parts, strict=True)
-    }
-    best = winner(field, lambda runner: float(scores[id(runner)]))
+
+    def score(runner: Runner) -> float:
+        of_objectives = zip(weights, plan.objectives, strict=True)
+        return sum(weight * float(runner.outcomes[:, columns].mean()) for weight, columns in of_objectives)
+
+    best = winner(field, score)
     rates = [{name: percent(wilson(int(p.sum()), p.size)) for name, p in zip(names, ps, strict=True)} for ps in parts]
     shown = front([(ps[0].mean(), ps[-1].mean()) for ps in parts])
     return {

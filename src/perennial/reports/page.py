@@ -43,15 +43,17 @@ def write(folder: Path) -> Path:
         PerennialError: `folder` is no run folder.
     """
     record = read(folder)
+    figures = report(record)
     path = folder / "report" / "index.html"
-    atomic.write_json(path.with_name("report.json"), report(record))
-    atomic.write_text(path, _render(record))
+    atomic.write_json(path.with_name("report.json"), figures)
+    atomic.write_text(path, _render(record, figures))
     return path
 
 
 def render(folder: Path) -> str:
     """The report of the run in `folder`, finished or not, as one HTML page without scripts or links to elsewhere."""
-    return _render(read(folder))
+    record = read(folder)
+    return _render(record, report(record))
 
 
 def fill(template: str, **values: Any) -> str:
@@ -67,8 +69,7 @@ def fill(template: str, **values: Any) -> str:
     return environment.get_template(template).render(style=style, metrics=words.METRICS, **values)
 
 
-def _render(record: Record) -> str:
-    figures = report(record)
+def _render(record: Record, figures: Mapping[str, Any]) -> str:
     return fill(
         "report.html.j2",
         name=record.name,

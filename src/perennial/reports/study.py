@@ -147,13 +147,12 @@ def _forgetting(matrices: Sequence[SuccessMatrix]) -> list[float]:
 
     After task i this is the mean over j < i of S[j, j] - S[i, j]; its last value is NBT.
     """
+    rates = [matrix.rates() for matrix in matrices]
     lost: list[float] = []
-    for i in range(2, len(matrices[0].successes) if len(matrices[0].successes) > 2 else 0):
+    for i in range(2, len(matrices[0].successes)):
         earlier = np.arange(1, i)
-        rates = [matrix.rates() for matrix in matrices]
-        lost.append(
-            round(100 * float(np.mean([(s[earlier, earlier - 1] - s[i, earlier - 1]).mean() for s in rates])), 2)
-        )
+        of_runs = [(s[earlier, earlier - 1] - s[i, earlier - 1]).mean() for s in rates]
+        lost.append(round(100 * float(np.mean(of_runs)), 2))
     return lost
 
 
