@@ -188,6 +188,19 @@ def parse(kind: Any, text: str, name: str) -> Any:
     raise PerennialError(f"{name} is {json.dumps(text)}, but it must be {_article(kind)}.")
 
 
+def fractions(text: str, name: str) -> tuple[float, ...]:
+    """Numbers with commas between, as in "0,0.5,1".
+
+    Raises:
+        PerennialError: one is no number from 0 to 1.
+    """
+    with contextlib.suppress(ValueError):
+        numbers = tuple(float(part) for part in text.split(","))
+        if all(0 <= number <= 1 for number in numbers):
+            return numbers
+    raise PerennialError(f"{name} is {text!r}, but it must be numbers from 0 to 1 with commas between, as 0,0.5,1.")
+
+
 def _article(kind: Any) -> str:
     texts = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "a list"}
     return texts.get(kind, "an object")

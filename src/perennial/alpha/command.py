@@ -22,7 +22,7 @@ from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, winner
 from perennial.evaluation.statistics import wilson
 from perennial.merging.groups import GROUPS, Coefficients, grid
-from perennial.overrides import parse
+from perennial.overrides import fractions
 from perennial.reports import page, plots, words
 from perennial.reports.summary import percent
 from perennial.rollout.workers import Cast, WorkerConfig
@@ -69,12 +69,9 @@ def command(options: Alpha, console: Console) -> None:
 
 def _candidates(options: Alpha) -> list[Coefficients]:
     """The grid that the options ask for."""
-    named = {"alpha": options.alpha, **{f"alpha.{group}": getattr(options, group) for group in GROUPS}}
-    values = {name: parse(tuple[float, ...], text, f"--{name}") for name, text in named.items() if text}
-    for name, numbers in values.items():
-        if not numbers or not all(0 <= number <= 1 for number in numbers):
-            raise PerennialError(f"--{name} is {named[name]!r}, but it must be numbers from 0 to 1, as 0,0.5,1.")
-    return grid(values["alpha"], {group: values.get(f"alpha.{group}", ()) for group in GROUPS})
+    own = {group: getattr(options, group) for group in GROUPS}
+    by_group = {group: fractions(text, f"--alpha.{group}") for group, text in own.items() if text}
+    return grid(fractions(options.alpha, "--alpha"), by_group)
 
 
 def _plan(options: Alpha) -> Plan:

@@ -14,6 +14,7 @@ from rich.table import Table
 import perennial
 from perennial.errors import PerennialError
 from perennial.mechanism.figures import EVERYTHING, measure, scope
+from perennial.overrides import fractions
 from perennial.reports import page, plots, words
 from perennial.storage import atomic
 
@@ -33,7 +34,7 @@ def command(options: Mechanism, console: Console) -> None:
     """
     if options.episodes < 1:
         raise PerennialError(f"--episodes is {options.episodes}, but it must be above 0.")
-    scales = parse_scales(options.scales)
+    scales = fractions(options.scales, "--scales")
     chosen = scope(options.run, options.tasks)
     target = options.out or options.run / "report" / "mechanism.html"
     with Progress(console=console, disable=options.json, transient=True) as progress:
@@ -46,23 +47,6 @@ def command(options: Mechanism, console: Console) -> None:
     for table in tables(figures):
         console.print(table)
     console.print(f"Mechanism: {escape(str(target))}", highlight=False, soft_wrap=True)
-
-
-def parse_scales(text: str) -> list[float]:
-    """Numbers with commas between, as in "0,0.5,1".
-
-    Raises:
-        PerennialError: one is no number from 0 to 1.
-    """
-    try:
-        scales = [float(part) for part in text.split(",")]
-    except ValueError:
-        scales = []
-    if not scales or not all(0 <= scale <= 1 for scale in scales):
-        raise PerennialError(
-            f"--scales is {text!r}, but it must be numbers from 0 to 1 with commas between, as 0,0.5,1."
-        )
-    return scales
 
 
 def render(figures: Mapping[str, Any]) -> str:
