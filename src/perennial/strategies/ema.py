@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.merging.ema import ema
 from perennial.policies.base import Policy
 from perennial.strategies._weights import prefixed, restore, snapshot, unprefixed
 from perennial.strategies.base import Collect, Strategy
@@ -40,10 +40,11 @@ class EMA(Strategy):
         """Begin with the weights that the task starts from."""
         self.average = snapshot(policy)
 
+    @torch.no_grad()
     def after_step(self, policy: Policy) -> None:
         """Average in the new weights; those that a stage freezes stay as they are."""
-        moved = snapshot(policy)
-        self.average |= ema({name: self.average[name] for name in moved}, moved, self.decay)
+        for name, parameter in policy.trainable().items():
+            self.average[name].lerp_(parameter, 1 - self.decay)
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Go on from the average."""
