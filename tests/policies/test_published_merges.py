@@ -1,6 +1,10 @@
 """Merging published checkpoints by group: what is loaded from the result, against the groups of the policy."""
 
+import json
+
+import numpy as np
 import pytest
+import tiny_smolvla
 import torch
 from safetensors.torch import load_file, save_file
 from test_pi0_checkpoint import published
@@ -8,10 +12,14 @@ from tiny_pi0 import tiny_policy
 
 from perennial.errors import PerennialError
 from perennial.merging.checkpoints import merge_checkpoints
+from perennial.policies.base import Batch
+from perennial.policies.lora import LoRA, add_adapter, save_adapter
 from perennial.policies.openvla import OpenVLA
+from perennial.policies.openvla_oft import OpenVLAOFT
 from perennial.policies.openvla_oft_l1 import OpenVLAOFTL1
 from perennial.randomness import stream
 from perennial.testing.openvla_checkpoint import write_openvla_checkpoint
+from perennial.testing.policy_conformance import example_observation
 
 SHARES = {"vision": 0.0, "language": 0.5, "action": 1.0}
 HEAD = {"layer_norm1": 96, "fc1": (32, 96), "layer_norm2": 32, "fc2": (3, 32)}
@@ -25,26 +33,117 @@ def in_between(first, second, groups):
     return {name: torch.lerp(first[name], second[name], of_name[name]) for name in first}
 
 
-def write_module(path, sizes, prefix, seed):
+def write_module(path, sizes, prefix, seed, dtype):
     tensors = {}
     for name, size in sizes.items():
         for kind, shape in (("weight", size), ("bias", size if isinstance(size, int) else size[0])):
             numbers = stream(seed, "module", name, kind).standard_normal(shape, dtype="float32")
-            tensors[f"{prefix}{name}.{kind}"] = torch.from_numpy(numbers)
+            tensors[f"{prefix}{name}.{kind}"] = torch.from_numpy(numbers).to(dtype)
     save_file(tensors, path)
+
+
+def published_folder(folder, kind, seed=0, dtype=torch.float32):
+    """A generated OpenVLA with a proprioceptive projector and, for `OpenVLAOFTL1`, a regression head beside."""
+    settings = {"chunk": 2, "use_proprio": True, "layout": "official"}
+    write_openvla_checkpoint(folder, settings=settings, dtype=dtype, seed=seed)
+    step = f"--{seed}0000_checkpoint.safetensors"
+    write_module(folder / f"proprio_projector{step}", PROPRIO, "module.", seed, dtype)
+    if kind is OpenVLAOFTL1:
+        write_module(folder / f"action_head{step}", HEAD | BLOCKS, "module.model.", seed, dtype)
+    return folder
+
+
+def learned_adapter(policy, folder):
+    """An adapter on every linear layer of `policy` that changes all of them, as a run writes it."""
+    add_adapter(policy, LoRA(rank=2, alpha=3), 0)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if ".lora_B." in name:
+                drawn = stream(0, "adapter", name).normal(0, 0.05, tuple(parameter.shape))
+                parameter.copy_(torch.from_numpy(drawn))
+    save_adapter(policy, folder, "published")
+
+
+def tensors_in(folder):
+    return {f"{file.name}/{n}": t for file in sorted(folder.glob("*.safetensors")) for n, t in load_file(file).items()}
+
+
+def decided(policy, observation):
+    """What the policy's head says after the tokens of resting: logits, or numbers where there are none."""
+    if isinstance(policy, OpenVLAOFTL1):
+        return torch.from_numpy(policy.act(observation, 0.0, [None] * len(observation)).actions)
+    sample = policy.encode(np.zeros((len(observation), policy.chunk_steps, 3)))
+    with torch.no_grad():
+        return policy.logits(Batch(observation, sample, np.ones(sample.shape, bool), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "tolerance"),
+    [
+        (OpenVLAOFT, torch.float32, 1e-5),
+        (OpenVLA, torch.bfloat16, 0.05),
+        (OpenVLAOFTL1, torch.float32, 1e-5),
+    ],
+)
+def test_a_learned_adapter_is_folded_into_a_published_openvla(kind, dtype, tolerance, tmp_path):
+    base = published_folder(tmp_path / "base", kind, dtype=dtype)
+    policy, plain = (kind.load(base, torch.float32) for _ in range(2))
+    learned_adapter(policy, tmp_path / "adapter")
+    report = merge_checkpoints(base, tmp_path / "adapter", tmp_path / "merged", alpha=1.0)
+    merged = kind.load(tmp_path / "merged", torch.float32)
+    observation = example_observation(policy.image_size, 3)
+    said, before, after = (decided(each, observation) for each in (policy, plain, merged))
+    scale = said.abs().max()
+    assert (before - said).abs().max() > 0.1 * scale
+    assert (after - said).abs().max() < tolerance * scale
+    policy.save(tmp_path / "saved", dtype)
+    half = dtype == torch.bfloat16
+    old, found, saved = (tensors_in(tmp_path / name) for name in ("base", "merged", "saved"))
+    changed = {name for name in old if not torch.equal(old[name], found[name])}
+    assert found.keys() == old.keys()
+    assert report.changed == len(changed)
+    names = {name: name.replace("--00000_", "--0_").replace("/module.", "/") for name in old}
+    assert changed == {name for name in old if not torch.equal(old[name], saved[names[name]])}
+    for part in ("qkv.weight", "lm_head", "projector.fc1", "self_attn.q_proj", "proprio_projector"):
+        assert any(part in name for name in changed), part
+    rows = torch.ones(policy.config.embedding_rows, dtype=torch.bool)
+    rows[policy.config.vocab_size - policy.config.action_bins : policy.config.vocab_size] = False
+    head = next(name for name in old if "lm_head" in name)
+    assert torch.equal(found[head][rows], old[head][rows])
+    for name in changed:
+        torch.testing.assert_close(found[name], saved[names[name]], rtol=8e-3 if half else 1e-5, atol=1e-6, msg=name)
+
+
+def test_an_adapter_of_another_base_is_refused_by_the_name_of_its_layer(tmp_path):
+    base = published_folder(tmp_path / "base", OpenVLA)
+    policy = OpenVLA.load(base)
+    learned_adapter(policy, tmp_path / "adapter")
+    next(base.glob("proprio_projector--*")).unlink()
+    with pytest.raises(PerennialError, match=r"updates proprio_projector\.fc1\.weight of shape \[32, 3\], .* missing"):
+        merge_checkpoints(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "published_as"),
+    [("pi0", tiny_policy, published), ("smolvla", tiny_smolvla.tiny_policy, "model.{}".format)],
+)
+def test_a_learned_adapter_is_folded_into_lerobots_layout(kind, make, published_as, tmp_path):
+    policy, base = make(), tmp_path / "base"
+    base.mkdir()
+    tensors = {published_as(name): weight.contiguous() for name, weight in policy.acting_weights().items()}
+    save_file(tensors, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"type": kind}))
+    learned_adapter(policy, tmp_path / "adapter")
+    merge_checkpoints(base, tmp_path / "adapter", tmp_path / "merged", alpha=1.0)
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, weight in policy.acting_weights().items():
+        torch.testing.assert_close(found[published_as(name)], weight, rtol=1e-6, atol=1e-6, msg=name)
+    assert any(not torch.equal(found[name], tensors[name]) for name in found)
 
 
 @pytest.mark.parametrize("kind", [OpenVLA, OpenVLAOFTL1])
 def test_published_openvla_checkpoints_are_merged_by_group_with_their_heads_beside(kind, tmp_path):
-    folders = []
-    for seed in (0, 1):
-        settings = {"chunk": 2, "use_proprio": True, "layout": "official"}
-        folder = write_openvla_checkpoint(tmp_path / str(seed), settings=settings, dtype=torch.float32, seed=seed)
-        step = f"--{seed}0000_checkpoint.safetensors"
-        write_module(folder / f"proprio_projector{step}", PROPRIO, "module.", seed)
-        if kind is OpenVLAOFTL1:
-            write_module(folder / f"action_head{step}", HEAD | BLOCKS, "module.model.", seed)
-        folders.append(folder)
+    folders = [published_folder(tmp_path / str(seed), kind, seed) for seed in (0, 1)]
     report = merge_checkpoints(*folders, tmp_path / "merged", alpha_by_group=SHARES)
     assert set(report.tensors_by_group) == set(SHARES)
     first, second, merged = (kind.load(folder) for folder in (*folders, tmp_path / "merged"))

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perennial.errors import PerennialError
+from perennial.merging.places import places
 from perennial.merging.state_dicts import BLOCK, accumulator
 from perennial.merging.tensor_files import BlockReader, Checkpoint, Entry
 
@@ -63,6 +64,10 @@ class Layer:
         return (left @ right).view(self.shape)
 
 
+Update = tuple[int, Layer]
+"""A layer, and the first of its rows in a tensor."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """A PEFT LoRA folder: its configuration and its layers by the name of the module they update."""
@@ -76,6 +81,17 @@ class Adapter:
         """What its base is known by: a hash of the weights where it was recorded, otherwise name and revision."""
         name, revision = str(self.config.get("base_model_name_or_path")), str(self.config.get("revision"))
         return (revision,) if revision.startswith("sha256:") else (name, revision)
+
+    def split(self, modules: Collection[str]) -> dict[str, dict[str, Layer]]:
+        """The layers of each of `modules`, named within it, and under "" those that belong to none of them."""
+        layers: dict[str, dict[str, Layer]] = {module: {} for module in ("", *modules)}
+        for name, layer in self.layers.items():
+            module, _, rest = name.partition(".")
+            if module in modules:
+                layers[module][rest] = layer
+            else:
+                layers[""][name] = layer
+        return layers
 
 
 def is_adapter(path: Path) -> bool:
@@ -161,43 +177,64 @@ def delta_weights(folder: Path) -> Mapping[str, Tensor]:
 
 
 class AdaptedCheckpoint:
-    """A base checkpoint with an adapter merged in, as a model to merge: W + scale * B A, computed block by block."""
+    """A base checkpoint with an adapter merged in, as a model to merge: W + scale * B A, computed block by block.
 
-    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
+    The base may have published names and tensors that several layers share, see `places`.
+
+    Args:
+        base: to which the updates are added.
+        adapter: of the whole policy.
+        beside: modules of it that lie in files of their own.
+        module: one of them, where `base` is its file; otherwise the base is all the rest.
+    """
+
+    def __init__(self, base: Checkpoint, adapter: Adapter, beside: Collection[str] = (), module: str = "") -> None:
         self.path = adapter.path
+        self.adapter = adapter
         self.files = (adapter.path / WEIGHTS,)
         self.entries: Mapping[str, Entry] = base.entries
         self._base = base
-        self._layers = {f"{name}.weight": layer for name, layer in adapter.layers.items()}
-        for name, layer in self._layers.items():
-            shape = base.entries[name].shape if name in base.entries else None
-            if shape != layer.shape:
+        self._updates: dict[str, list[Update]] = {}
+        layers = adapter.split(beside)[module]
+        for name, place in places(base, {name: layer.shape[0] for name, layer in layers.items()}).items():
+            layer = layers[name]
+            shape = base.entries[place.tensor].shape if place.tensor in base.entries else None
+            if shape is None or not _fits(layer.shape, place.row, shape):
                 raise PerennialError(
-                    f"The adapter {adapter.path} updates {name} of shape {list(layer.shape)}, but in the base "
+                    f"The adapter {adapter.path} updates {name}.weight of shape {list(layer.shape)}, but in the base "
                     f"{base.path} it is {'missing' if shape is None else list(shape)}; give the adapter's own base."
                 )
+            self._updates.setdefault(place.tensor, []).append((place.row or 0, layer))
 
     def reader(self) -> BlockReader:
         """Open the files."""
-        return _AdaptedReader(self._base, self.path / WEIGHTS, self._layers)
+        return _AdaptedReader(self._base, self.path / WEIGHTS, self._updates)
+
+
+def _fits(layer: tuple[int, ...], row: int | None, tensor: tuple[int, ...]) -> bool:
+    """Whether a weight of shape `layer` is the tensor, or lies in it from `row` on."""
+    return layer == tensor if row is None else layer[1:] == tensor[1:] and row + layer[0] <= tensor[0]
 
 
 class _AdaptedReader:
-    def __init__(self, base: Checkpoint, weights: Path, layers: Mapping[str, Layer]) -> None:
+    def __init__(self, base: Checkpoint, weights: Path, updates: Mapping[str, Sequence[Update]]) -> None:
         self._base = base.plain_reader()
         self._weights = weights
-        self._layers = layers
+        self._updates = updates
 
     def block(self, name: str, number: int) -> Tensor:
         weights = self._base.block(name, number)
-        if name not in self._layers:
-            return weights
-        left, right = self._layers[name].factors()
-        start, columns = number * BLOCK, right.shape[1]
-        stop = start + weights.numel()
-        first = start // columns
-        rows = (left[first : -(-stop // columns)] @ right).flatten()
-        return weights.to(accumulator(weights)) + rows[start - first * columns : stop - first * columns]
+        start, stop = number * BLOCK, number * BLOCK + weights.numel()
+        for row, layer in self._updates.get(name, ()):
+            left, right = layer.factors()
+            columns = right.shape[1]
+            begin, end = max(start, row * columns), min(stop, (row + len(left)) * columns)
+            if begin < end:
+                first = begin // columns
+                rows = (left[first - row : -(-end // columns) - row] @ right).flatten()
+                weights = weights.to(accumulator(weights), copy=True)
+                weights[begin - start : end - start] += rows[begin - first * columns : end - first * columns]
+        return weights
 
     def hashes(self) -> dict[str, str]:
         return {self._weights.name: hashlib.sha256(self._weights.read_bytes()).hexdigest()}

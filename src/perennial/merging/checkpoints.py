@@ -144,8 +144,9 @@ def _open(base: Path, finetuned: Sequence[Path]) -> list[Model]:
         raise PerennialError(f"{base} is an adapter, not a model; merge adapters with each other by merge_adapters.")
     first = open_checkpoint(base)
     models: list[Model] = [first]
+    beside = _named_files(base)
     for path in finetuned:
-        model = AdaptedCheckpoint(first, open_adapter(path)) if is_adapter(path) else open_checkpoint(path)
+        model = AdaptedCheckpoint(first, open_adapter(path), beside) if is_adapter(path) else open_checkpoint(path)
         require_same_tensors(_shapes(first), _shapes(model), f"model {path}")
         models.append(model)
     return models
@@ -155,7 +156,7 @@ def _modules_beside(models: Sequence[Model]) -> dict[str, list[Model]]:
     """Modules that OpenVLA-OFT publishes in files of their own, `<module>--<step>_checkpoint.safetensors`, by name.
 
     Raises:
-        PerennialError: one model has such a file and another has none; an adapter stands for its base.
+        PerennialError: one model has such a file and another has none, or an adapter does not fit the base's.
     """
     found: dict[str, list[Model]] = {}
     of_model = [
@@ -168,7 +169,10 @@ def _modules_beside(models: Sequence[Model]) -> dict[str, list[Model]]:
                     f"{model.path} has no file {module}--*.safetensors, but another of the models has; copy it there, "
                     "or convert its pickle by `perennial convert`."
                 )
-            found.setdefault(module, []).append(open_checkpoint(files[module]))
+            own = open_checkpoint(files[module])
+            found.setdefault(module, []).append(
+                AdaptedCheckpoint(own, model.adapter, files, module) if isinstance(model, AdaptedCheckpoint) else own
+            )
         for part in found[module][1:]:
             require_same_tensors(_shapes(found[module][0]), _shapes(part), f"model {part.path}")
     return found

@@ -76,6 +76,23 @@ def published_name(ours: str) -> str:
     return ours
 
 
+def published_rows(ours: str, outputs: int, first_action_token: int) -> tuple[str, int | None]:
+    """The published tensor that holds the weight of a linear layer of ours, and the layer's first row in it.
+
+    Args:
+        ours: name of the weight.
+        outputs: rows of the weight.
+        first_action_token: the row of the published word head where ours begins.
+
+    Returns:
+        The tensor's name, and the row; None where the tensor is the layer's alone.
+    """
+    name = published_name(ours)
+    if name == HEAD:
+        return name, first_action_token
+    return name, _place(ours) * outputs if ".attn.qkv." in name else None
+
+
 def key_map(config: OpenVLAOFTConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Published]:
     """Every tensor of the published checkpoint of this size, by its published name.
 

@@ -179,6 +179,16 @@ def read_config(folder: Path, settings: Settings, chunk: int, empty_token_id: in
         raise PerennialError(f"{path} cannot be read ({error!r}); copy or download the folder again.") from error
 
 
+def first_action_token(published: Mapping[str, Any]) -> int:
+    """The first of the tokens that stand for actions, the last of the vocabulary before its padding.
+
+    Raises:
+        KeyError: config.json does not say.
+    """
+    vocabulary: int = (published.get("text_config") or {}).get("vocab_size", 32000)
+    return vocabulary - int(published["pad_to_multiple_of"]) - int(published["n_action_bins"])
+
+
 def _known_towers(path: Path, published: Mapping[str, Any], settings: Settings) -> Towers:
     """The vision towers that the config.json at `path` names.
 
