@@ -6,6 +6,7 @@ import pytest
 
 from perennial import __version__, cli, discovery, experiment
 from perennial.errors import LearningError, PerennialError
+from perennial.evaluation import standalone
 from toyhouse.runs import CONFIG
 
 HEAVY = {
@@ -93,6 +94,15 @@ def test_help_lists_every_command(capsys):
         (["report", "nowhere"], "nowhere is not a run folder"),
         (["evaluate", "nowhere"], "The checkpoint folder 'nowhere' does not exist"),
         (["list", "suites", "--jsn"], "There is no option of `perennial list` '--jsn'. Did you mean --json"),
+        (
+            ["merge", "a", "b", "-o", "c", "--alpha.visoin", "1"],
+            "There is no option of `perennial merge` '--alpha.visoin'. Did you mean --alpha.vision or --alpha.action",
+        ),
+        (["run", "--seed", "1", "demo"], "The name of a preset comes before overrides, as in `perennial run demo"),
+        (["evaluate", "a", "--temperature", "nan"], "--temperature is nan, but it must be a finite number."),
+        (["merge", "a", "b", "-o", "c", "--alpha.action", "inf"], "--alpha.action is inf, but it must be a finite"),
+        (["pretrain", "a", "b", "--learning-rate=inf"], "--learning-rate is inf, but it must be a finite number."),
+        (["plan", "demo", "--steps-per-second", "nan"], "--steps-per-second is nan, but it must be a finite number."),
     ],
 )
 def test_mistakes_are_answered_by_one_sentence_and_exit_code_2(sentence, arguments, message, tmp_path, monkeypatch):
@@ -144,11 +154,11 @@ def test_a_dry_run_prints_the_configuration_and_starts_nothing(monkeypatch, toy_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["suites", "policies", "strategies", "recipes", "presets"])
+@pytest.mark.parametrize("kind", ["suites", "policies", "strategies", "recipes", "presets", "studies", "trackers"])
 def test_lists_are_for_people_and_for_programs(kind, capsys):
     assert call("list", kind, "--json") == 0
     listed = json.loads(capsys.readouterr().out)
-    room = "learning" if kind == "recipes" else kind
+    room = {"recipes": "learning", "trackers": "tracking"}.get(kind, kind)
     assert [entry["name"] for entry in listed] == list(discovery.names(room))
     assert all(entry["description"] for entry in listed)
     assert call("list", kind) == 0
@@ -158,6 +168,26 @@ def test_lists_are_for_people_and_for_programs(kind, capsys):
 
 def test_options_and_values_are_paired():
     assert cli.pairs(["--a.b", "1", "--c=2=3", "--d=", "--e", "-1"]) == {"a.b": "1", "c": "2=3", "d": "", "e": "-1"}
+
+
+def test_names_may_be_separated_by_spaces_or_commas_in_every_command(monkeypatch):
+    assert cli.pairs(["--tasks.trained", "left", "right", "--seed", "1"]) == {
+        "tasks.trained": "left,right",
+        "seed": "1",
+    }
+    asked = []
+    monkeypatch.setattr(standalone, "evaluate", lambda options, console: asked.append(options.tasks))
+    for typed in (["left", "up"], ["left,up"], ["left,", "up"], ["left", "up,left"]):
+        assert call("evaluate", "run", "--tasks", *typed) == 0
+    assert asked == [("left", "up")] * 4
+    call("evaluate", "run", "--tasks", "")
+    assert asked[-1] == ("",)  # no task, rather than all of them
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], ["--run-dir", "x", "--dry-run"]])
+def test_options_of_the_command_may_come_before_the_preset(options, toy_checkpoint, capsys):
+    assert call("run", *options, "toyhouse.preset", "--policy.checkpoint", str(toy_checkpoint)) == 0
+    assert json.loads(capsys.readouterr().out)["seed"] == 0
 
 
 def test_a_reader_that_has_seen_enough_is_no_error():

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import textwrap
@@ -5,8 +6,11 @@ import textwrap
 import pytest
 
 from perennial import discovery
+from perennial.config import preset
 from perennial.errors import PerennialError
 from perennial.strategies.base import Strategy
+from perennial.studies.base import find as study
+from perennial.suites.base import Suite
 
 
 @pytest.fixture
@@ -104,5 +108,24 @@ def test_a_name_near_nothing_is_answered_with_all_names():
 def test_the_class_must_be_defined_in_the_module_itself():
     """Importing a base class into a module does not make it a plug-in."""
     assert discovery.find("strategies", "sequential", Strategy).__module__ == "perennial.strategies.sequential"
-    with pytest.raises(TypeError, match="defines no int"):
+    with pytest.raises(PerennialError, match="'sequential' is no strategy, as it defines no class derived from int"):
         discovery.find("strategies", "sequential", int)
+
+
+@pytest.mark.parametrize("name", ["perennial.suites.base", "perennial.errors"])
+def test_a_module_without_a_class_to_use_is_refused(name):
+    with pytest.raises(PerennialError, match=f"'{name}' is no suite, as it defines no class derived from Suite"):
+        discovery.find("suites", name, Suite)
+
+
+@pytest.mark.parametrize("name", [".", "..", ".x", "./mine.py", "a..b", "../presets/mine"])
+def test_what_is_no_dotted_name_is_an_unknown_name(name):
+    with pytest.raises(PerennialError, match=rf"There is no preset '{re.escape(name)}'\."):
+        discovery.load("presets", name)
+
+
+def test_a_preset_and_a_study_are_values_of_their_modules():
+    with pytest.raises(PerennialError, match=r"'perennial\.errors' is no preset, as it has no CONFIG of type Config"):
+        preset("perennial.errors")
+    with pytest.raises(PerennialError, match=r"'perennial\.errors' is no study, as it has no STUDY of type Study"):
+        study("perennial.errors")

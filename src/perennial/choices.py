@@ -13,8 +13,9 @@ from rich.table import Table
 
 from perennial import discovery, overrides
 
-Kind = Literal["suites", "policies", "strategies", "recipes", "presets", "studies"]
-ROOMS: dict[Kind, str] = {kind: "learning" if kind == "recipes" else kind for kind in get_args(Kind)}
+Kind = Literal["suites", "policies", "strategies", "recipes", "presets", "studies", "trackers"]
+OTHERWISE: dict[str, str] = {"recipes": "learning", "trackers": "tracking"}
+ROOMS: dict[Kind, str] = {kind: OTHERWISE.get(kind, kind) for kind in get_args(Kind)}
 """Where the choices of each kind are found."""
 
 
@@ -114,6 +115,12 @@ def _study(name: str) -> tuple[str | None, Lists]:
     return None, {"grid": size, "methods": methods}
 
 
+def _tracker(name: str) -> tuple[str | None, Lists]:
+    from perennial.tracking.base import Tracker
+
+    return discovery.find("tracking", name, Tracker).__doc__, {}
+
+
 ABOUT: dict[Kind, Callable[[str], tuple[str | None, Lists]]] = {
     "suites": _suite,
     "policies": _policy,
@@ -121,6 +128,7 @@ ABOUT: dict[Kind, Callable[[str], tuple[str | None, Lists]]] = {
     "recipes": _recipe,
     "presets": _preset,
     "studies": _study,
+    "trackers": _tracker,
 }
 
 

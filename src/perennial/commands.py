@@ -114,7 +114,7 @@ class Study:
         from perennial.studies import base
 
         study = base.find(self.study)
-        entries = base.grid(study, tuple(dict.fromkeys(self.methods)), tuple(dict.fromkeys(self.seeds)))
+        entries = base.grid(study, self.methods, tuple(dict.fromkeys(self.seeds)))
         if self.dry_run:
             for entry in entries:
                 print(entry.command())
@@ -365,7 +365,7 @@ class Doctor:
 class List:
     """List what can be chosen, or what one choice is and can be set to."""
 
-    kind: Positional[Literal["suites", "policies", "strategies", "recipes", "presets", "studies"]]
+    kind: Positional[Literal["suites", "policies", "strategies", "recipes", "presets", "studies", "trackers"]]
     """What to list."""
     name: Positional[str] = ""
     """One of them, to be shown in full."""

@@ -371,6 +371,4 @@ def preset(name: str) -> Config:
     Raises:
         PerennialError: there is none; the nearest names are listed.
     """
-    config = discovery.load("presets", name).CONFIG
-    assert isinstance(config, Config)
-    return config
+    return discovery.value("presets", name, "CONFIG", Config)

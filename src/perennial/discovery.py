@@ -10,6 +10,7 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import pkgutil
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +52,7 @@ def load(room: str, name: str) -> ModuleType:
     Raises:
         PerennialError: there is no such module; the nearest names are listed.
     """
-    if "." in name:
+    if "." in name and all(part.isidentifier() for part in name.split(".")):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -79,15 +80,34 @@ def find(room: str, name: str, base: type[Kind]) -> type[Kind]:
     In `name:argument`, the argument becomes the attribute `argument` of a class that declares one.
 
     Raises:
-        PerennialError: there is no such module, or its class takes no argument.
+        PerennialError: there is no such module, it defines no such class, or its class takes no argument.
     """
     name, _, argument = name.partition(":")
     module = load(room, name)
     for value in vars(module).values():
-        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
+        own = isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+        if own and not inspect.isabstract(value):
             if not argument:
                 return value
             if not hasattr(value, "argument"):
                 raise PerennialError(f"The {ROOMS[room]} {name!r} takes nothing after a colon; leave {argument!r} out.")
             return type(value.__name__, (value,), {"argument": argument})
-    raise TypeError(f"{module.__name__} defines no {base.__name__}")
+    raise PerennialError(
+        f"The module {name!r} is no {ROOMS[room]}, as it defines no class derived from {base.__name__}; "
+        "choose one that does."
+    )
+
+
+def value(room: str, name: str, attribute: str, kind: type[Kind]) -> Kind:
+    """The `attribute` of the module `name` in `room`, which makes it a thing of that room.
+
+    Raises:
+        PerennialError: there is no such module, or it has no such attribute of that type.
+    """
+    found = getattr(load(room, name), attribute, None)
+    if not isinstance(found, kind):
+        raise PerennialError(
+            f"The module {name!r} is no {ROOMS[room]}, as it has no {attribute} of type {kind.__name__}; "
+            "choose one that has."
+        )
+    return found

@@ -8,7 +8,7 @@ from perennial import config, overrides
 from perennial.cli import pairs
 from perennial.errors import PerennialError
 from perennial.studies import base
-from perennial.studies.base import Entry, Method
+from perennial.studies.base import Entry, Method, without_place
 from toyhouse.study import STUDY
 
 
@@ -94,3 +94,22 @@ def test_every_run_of_a_built_in_study_passes_the_checks_that_need_no_files(name
                 ]
                 place = Path(value.removeprefix("{folder}/"))
                 assert any(path == place or path in place.parents for path in made), (entry.name, key)
+
+
+@pytest.mark.parametrize("name", ["study", "étude für Ω", 'with "quotes"', "back\\slash", "[1]"])
+def test_a_run_is_known_again_whatever_the_folder_of_its_study_is_called(tmp_path, name):
+    entry, folder = Entry(STUDY, "l2", "given", 0), tmp_path / name
+    filled = {key: text.replace("{folder}", str(folder)) for key, text in entry.overrides.items()}
+    found = config.to_json(overrides.apply(config.preset(STUDY.preset), filled))
+    assert found["policy"]["checkpoint"] == str(folder / "base")
+    assert entry.matches(without_place(found, folder))
+
+
+def test_only_what_lies_in_the_study_is_called_by_its_folder():
+    written = {"a": "/runs/study", "b": ["/runs/study/base", {"c": "/runs/study-base"}], "d": "see /runs/study", "e": 1}
+    assert without_place(written, Path("/runs/study")) == {
+        "a": "{folder}",
+        "b": ["{folder}/base", {"c": "/runs/study-base"}],
+        "d": "see /runs/study",
+        "e": 1,
+    }

@@ -169,9 +169,7 @@ def find(name: str) -> Study:
     Raises:
         PerennialError: there is none; the nearest names are listed.
     """
-    study = discovery.load("studies", name).STUDY
-    assert isinstance(study, Study)
-    return study
+    return discovery.value("studies", name, "STUDY", Study)
 
 
 def grid(study: Study, methods: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Entry]:
