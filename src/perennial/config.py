@@ -19,6 +19,7 @@ from perennial.evaluation.evaluate import includes_held_out
 from perennial.evaluation.gate import Gate
 from perennial.learning.base import Objective
 from perennial.learning.grpo import GRPO
+from perennial.merging.groups import GROUPS
 from perennial.policies._placement import DType, check_placement
 from perennial.policies.base import Policy
 from perennial.policies.lora import LoRA
@@ -238,6 +239,7 @@ def validate_settings(config: Config) -> Config:
     require_known(suite, config.suite, variants=(*config.evaluation.variants, *played))
     config.tasks.check()
     config.evaluation.check()
+    _check_adapter(config.policy.adapter)
     policy = config.policy.find()
     _check_recipe(config, policy)
     _check_strategies(config, policy)
@@ -256,6 +258,13 @@ def _check_names(option: str, chosen: tuple[str, ...]) -> None:
         raise PerennialError(f"--{option} is {','.join(chosen)!r}, but it needs names, each of them once.")
 
 
+def _check_adapter(adapter: LoRA | None) -> None:
+    """Ranks are of groups that there are."""
+    for group in adapter.rank_by_group if adapter else ():
+        if group not in GROUPS:
+            raise unknown("parameter group in --policy.adapter.rank-by-group", group, GROUPS)
+
+
 def _check_recipe(config: Config, policy: type[Policy]) -> None:
     """There is a stage, and the policy can do what each of them asks for."""
     if not config.recipe:
@@ -266,13 +275,21 @@ def _check_recipe(config: Config, policy: type[Policy]) -> None:
 
 
 def _check_strategies(config: Config, policy: type[Policy]) -> None:
-    """The policy can do what each strategy asks for, and what has one owner has no more."""
+    """The policy can do what each of them asks for, what has one owner has no more, and none is there twice."""
     for strategy in config.strategies:
         _check_methods(strategy, config.policy.name, policy)
+        if config.schedule == "joint" and (why := strategy.unjoined()) is not None:
+            raise PerennialError(
+                f"{strategy.name!r} cannot guard tasks that are learned all at once, as {why}; leave it out, or set "
+                "--schedule sequential."
+            )
     for hook, what in (("parameter_groups", "set learning rates"), ("policy_for", "choose the weights that act")):
         owners = [part.name for part in config.strategies if getattr(type(part), hook) is not getattr(Strategy, hook)]
         if len(owners) > 1:
             raise PerennialError(f"The strategies {' and '.join(owners)} all {what}; keep one of them.")
+    if len(set(map(type, config.strategies))) < len(config.strategies):
+        names = ",".join(strategy.name for strategy in config.strategies)
+        raise PerennialError(f"--strategies is {names!r}, but each of them may be chosen once.")
 
 
 def _check_methods(part: Objective | Strategy, name: str, policy: type[Policy]) -> None:

@@ -68,6 +68,10 @@ class Strategy:
         apart = type(self).policy_for is not Strategy.policy_for
         return "it gives tasks weights of their own" if apart else None
 
+    def unjoined(self) -> str | None:
+        """Why it cannot guard tasks that are learned all at once, as the end of a sentence; None if it can."""
+        return None
+
     def before_task(self, task: Task, policy: Policy) -> None:
         """Called once before the first stage of `task`."""
 

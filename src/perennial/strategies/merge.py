@@ -44,6 +44,10 @@ class Merge(Strategy):
             if alpha is not None and not 0 <= alpha <= 1:
                 raise PerennialError(f"merge weighs the fine-tuned weights by {alpha}; it must be between 0 and 1.")
 
+    def unjoined(self) -> str | None:
+        """It goes by single tasks."""
+        return "it would merge again for every one of them"
+
     def before_task(self, task: Task, policy: Policy) -> None:
         """Keep the weights that the task starts from."""
         self.start = snapshot(policy)

@@ -80,6 +80,10 @@ class Retain(Strategy):
         merged_again = "in a parallel chain it merges all fine-tuned weights again after every task"
         return merged_again if self.chain == "parallel" else super().ungated()
 
+    def unjoined(self) -> str | None:
+        """It goes by single tasks."""
+        return "it would merge again for every one of them"
+
     def before_task(self, task: Task, policy: Policy) -> None:
         """Keep the weights that merging starts from; in parallel, learn from the base again."""
         if self.chain == "running" or not self.start:
