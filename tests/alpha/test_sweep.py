@@ -22,11 +22,11 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "adapter", "weights of a run"])
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter", "adapter of a run", "weights of a run"])
 def test_whatever_was_fine_tuned_is_met_halfway(base, tmp_path, kind):
     policy = ToyPolicy.load(base)
     before = policy.acting_weights()
-    if kind == "adapter":
+    if kind.startswith("adapter"):
         add_adapter(policy, LoRA(3, 6), seed=0)
     shake(policy, 1)
     after, target = policy.acting_weights(), tmp_path / "learned"

@@ -19,6 +19,11 @@ from perennial.merging.linear import linear
 from perennial.merging.slerp import slerp
 from perennial.merging.task_arithmetic import task_arithmetic
 from perennial.merging.ties import ties
+from perennial.policies._learned import save_learned
+from perennial.policies.lora import LoRA, add_adapter
+from perennial.storage.tensors import save_tensors
+from perennial.testing.toy import ToyPolicy
+from strategies.worlds import shake
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -214,3 +219,18 @@ def test_empty_tensors_and_other_types_pass(tmp_path):
         assert merged["empty"].shape == (0, 4)
         assert torch.equal(merged["flags"], extra["flags"])
         assert torch.equal(merged["eighth"].float(), torch.ones(3))
+
+
+def test_the_folder_that_a_run_keeps_of_a_task_stands_for_the_adapter_in_it(tmp_path):
+    policy = ToyPolicy(0)
+    policy.save(tmp_path / "base")
+    add_adapter(policy, LoRA(3, 6), seed=0)
+    shake(policy, 1)
+    task = tmp_path / "01-left"
+    task.mkdir()
+    save_learned(policy, task, "base")
+    save_tensors({"anchor": torch.zeros(3)}, task / "strategy.safetensors")
+    for name, finetuned in (("one", task), ("two", task / "adapter")):
+        merge_checkpoints(tmp_path / "base", finetuned, tmp_path / name)
+    one, two, base = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "base"))
+    assert one == two != base

@@ -17,7 +17,7 @@ from perennial import discovery
 from perennial.demonstrations.dataset import load, to_batch
 from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, race
-from perennial.merging.adapters import delta_weights, is_adapter
+from perennial.merging.adapters import delta_weights, is_adapter, learned
 from perennial.merging.groups import Coefficients, by_name
 from perennial.merging.linear import interpolate
 from perennial.merging.state_dicts import require_same_tensors, shapes
@@ -54,6 +54,7 @@ def open_pair(policy: str, base: Path, finetuned: Path) -> Pair:
         PerennialError: a folder cannot be read, or the two have different tensors.
     """
     kind = discovery.find("policies", policy, Policy)
+    finetuned = learned(finetuned)
     start = kind.load(base)
     weights = start.acting_weights()
     if is_adapter(finetuned):

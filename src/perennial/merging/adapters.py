@@ -99,6 +99,11 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
+def learned(path: Path) -> Path:
+    """`path`, or the adapter in it, as in the folder that a run keeps of every task."""
+    return path / "adapter" if is_adapter(path / "adapter") else path
+
+
 def open_adapter(path: Path) -> Adapter:
     """Read a PEFT LoRA folder.
 
@@ -109,7 +114,7 @@ def open_adapter(path: Path) -> Adapter:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(path / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise PerennialError(f"{path} is no readable adapter folder ({error}).") from error
+        raise PerennialError(f"{path} is no readable adapter folder ({error}); copy it again.") from error
     initialisation = config.get("init_lora_weights", True)
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         raise PerennialError(f"{path} is a {config.get('peft_type')} adapter (DoRA or other); only LoRA can be merged.")

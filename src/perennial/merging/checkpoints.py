@@ -16,7 +16,7 @@ from typing import Any
 
 import perennial
 from perennial.errors import PerennialError
-from perennial.merging.adapters import AdaptedCheckpoint, is_adapter, open_adapter
+from perennial.merging.adapters import AdaptedCheckpoint, is_adapter, learned, open_adapter
 from perennial.merging.block_methods import Settings
 from perennial.merging.folders import require_new, require_space, whole_folder
 from perennial.merging.groups import DEFAULT_GROUPS, coefficients, group_of
@@ -71,8 +71,8 @@ def merge_checkpoints(
 
     Args:
         base: pretrained model, a folder or a safetensors file; everything but the weights is copied from it.
-        finetuned: model fine-tuned from it, or several for "task_arithmetic", "ties" and "dare". A PEFT LoRA folder
-            stands for the base with that adapter merged in.
+        finetuned: model fine-tuned from it, or several for "task_arithmetic", "ties" and "dare". A PEFT LoRA folder,
+            or a folder with one called `adapter` in it, stands for the base with that adapter merged in.
         out: must not exist; it appears when the merge is complete.
         method: "linear", "slerp", "task_arithmetic", "ties" or "dare"; the modules of these names say what they do.
         alpha: weight of what the fine-tuning changed, in [0, 1].
@@ -145,7 +145,7 @@ def _open(base: Path, finetuned: Sequence[Path]) -> list[Model]:
     first = open_checkpoint(base)
     models: list[Model] = [first]
     beside = _named_files(base)
-    for path in finetuned:
+    for path in map(learned, finetuned):
         model = AdaptedCheckpoint(first, open_adapter(path), beside) if is_adapter(path) else open_checkpoint(path)
         require_same_tensors(_shapes(first), _shapes(model), f"model {path}")
         models.append(model)
