@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +104,8 @@ def test_groups_make_a_grid_and_the_command_names_them(folders, tmp_path):
         ({"tasks": ("lefft",)}, "lefft.*left"),
         ({"variant": "ood"}, "ood.*ood_val"),
         ({"alpha": "0,1.5"}, "--alpha is '0,1.5'"),
+        ({"alpha": ""}, "--alpha is ''"),
+        ({"out": Path("alpha.json")}, r"--out is alpha\.json, but it must be the file of a page"),
         ({"language": "x"}, "alpha.language"),
         ({"episodes": 0}, "--episodes is 0"),
         ({"retention": 2.0}, "--retention is 2"),

@@ -300,6 +300,7 @@ def test_the_page_and_the_json_beside_it_and_the_tables_show_the_same(run, tmp_p
         ("--scales=nan", "--scales is 'nan', but it must be numbers from 0 to 1"),
         ("--scales=", "--scales is '', but it must be numbers from 0 to 1"),
         ("--episodes=0", "--episodes is 0, but it must be above 0"),
+        ("--out=.", "--out is ., but it must be the file of a page"),
         ("--tasks=lefft", "There is no task that the run was taught or holds out 'lefft'. Did you mean left"),
     ],
 )

@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,6 +115,17 @@ def test_what_cannot_be_compared_is_refused(tmp_path, folders):
     (other / "run.json").write_text(json.dumps(described))
     with pytest.raises(PerennialError, match=r"different suites \(metaworld, kitchen\)"):
         compare.compare_json([folders[0], other])
+
+
+@pytest.mark.parametrize("out", ["taken", ".", "/", "page.json", "run.txt/page.html"])
+def test_a_place_where_no_page_can_be_is_refused_before_the_work(tmp_path, folders, monkeypatch, out):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "run.txt").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "comparison", lambda _: pytest.fail("the work was done"))
+    with pytest.raises(PerennialError, match=f"^(--out is )?{re.escape(out)}"):
+        compare.command(folders, Path(out), as_json=False, console=Console(quiet=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.txt", "taken"]
 
 
 def test_unrelated_runs_have_no_differences_but_a_page(tmp_path, folders):

@@ -41,7 +41,7 @@ def command(options: Alpha, console: Console) -> None:
     Raises:
         PerennialError: a folder, task, variant or number that cannot be used.
     """
-    candidates, plan = _candidates(options), _plan(options)
+    candidates, plan, target = _candidates(options), _plan(options), page.place(options.out)
     base = checkpoint_folder(str(options.base))
     pair = open_pair(options.policy, base, options.finetuned)
     with Progress(console=console, disable=options.json, transient=True) as progress:
@@ -54,8 +54,8 @@ def command(options: Alpha, console: Console) -> None:
         cast = Cast(options.suite, options.policy, base, options.seed)
         field = sweep(pair, plan, candidates, cast, WorkerConfig(count=options.workers), on_episodes)
     found = _figures(options, plan, candidates, field, _losses(options, pair, candidates))
-    atomic.write_json(options.out.with_suffix(".json"), found)
-    atomic.write_text(options.out, render(found))
+    atomic.write_json(target.with_suffix(".json"), found)
+    atomic.write_text(target, render(found))
     if options.json:
         print(json.dumps(found))
         return
@@ -64,7 +64,7 @@ def command(options: Alpha, console: Console) -> None:
         taken = _words(candidates[found["without_rollouts"]])
         console.print(f"By the demonstrations' losses alone it would be alpha {taken}.", highlight=False)
     console.print(f"Merge with the best one:\n  {escape(found['command'])}", highlight=False, soft_wrap=True)
-    console.print(f"Alpha: {escape(str(options.out))}", highlight=False, soft_wrap=True)
+    console.print(f"Alpha: {escape(str(target))}", highlight=False, soft_wrap=True)
 
 
 def _candidates(options: Alpha) -> list[Coefficients]:

@@ -36,7 +36,7 @@ def command(options: Mechanism, console: Console) -> None:
         raise PerennialError(f"--episodes is {options.episodes}, but it must be above 0.")
     scales = fractions(options.scales, "--scales")
     chosen = scope(options.run, options.tasks)
-    target = options.out or options.run / "report" / "mechanism.html"
+    target = page.place(options.out or options.run / "report" / "mechanism.html")
     with Progress(console=console, disable=options.json, transient=True) as progress:
         figures = measure(chosen, scales, options.episodes, progress)
     atomic.write_json(target.with_suffix(".json"), figures)

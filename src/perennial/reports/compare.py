@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
+from rich.markup import escape
 
 from perennial.errors import PerennialError
 from perennial.evaluation.statistics import difference
@@ -29,15 +30,15 @@ def command(folders: Sequence[Path], out: Path | None, as_json: bool, console: C
         PerennialError: fewer than two runs, one is no run folder, or the runs are on different suites.
     """
     records = _read(folders)
+    target = page.place(out or folders[0] / "report" / "compare.html")
     figures = comparison(records)
-    target = out or folders[0] / "report" / "compare.html"
     atomic.write_text(target, _render(records, figures))
     if as_json:
         print(json.dumps(figures))
         return
     for table in _tables(figures):
         console.print(table)
-    console.print(f"Comparison: {target}", highlight=False)
+    console.print(f"Comparison: {escape(str(target))}", highlight=False, soft_wrap=True)
 
 
 def compare_json(folders: Sequence[Path]) -> dict[str, Any]:
@@ -163,7 +164,6 @@ def _curves(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _tables(figures: Mapping[str, Any]) -> list[Any]:
-    from rich.markup import escape
     from rich.table import Table
 
     runs = figures["runs"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shlex
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from perennial.errors import PerennialError
 from perennial.evaluation.statistics import wilson
 from perennial.reports import merging, plots, words
 from perennial.reports.record import Record, read
@@ -48,6 +50,20 @@ def write(folder: Path) -> Path:
     atomic.write_json(path.with_name("report.json"), figures)
     atomic.write_text(path, _render(record, figures))
     return path
+
+
+def place(out: Path) -> Path:
+    """`out`, once it is sure that a page can be written there and its JSON beside it; ask before the work is done.
+
+    Raises:
+        PerennialError: it is a folder, it is called like the JSON, or its folder cannot be written.
+    """
+    if out.is_dir() or not out.name or out.suffix == ".json":
+        raise PerennialError(f"--out is {out}, but it must be the file of a page, such as page.html.")
+    with atomic.explained(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            return out
 
 
 def render(folder: Path) -> str:
