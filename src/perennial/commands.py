@@ -74,16 +74,16 @@ class Evaluate:
     """Episodes for each task."""
     temperature: float = 1.0
     """Of action sampling; 0 is greedy."""
-    suite: str = "metaworld"
-    """Suite of the tasks, for a bare checkpoint."""
-    policy: str = "openvla_oft"
-    """Policy class, for a bare checkpoint."""
+    suite: str | None = None
+    """Suite of the tasks, for a bare checkpoint; by default metaworld."""
+    policy: str | None = None
+    """Policy class, for a bare checkpoint; by default openvla_oft."""
     seed: int = 0
     """Names the random streams of action sampling."""
     workers: int = 0
     """Worker processes; 0 takes as many as the run has, for a bare checkpoint one per processor core."""
     json: bool = False
-    """Print JSON."""
+    """Print JSON, rates in percent."""
 
     def __call__(self) -> None:
         """Evaluate and print one rate per task."""
@@ -262,7 +262,7 @@ class Merge:
     base: Positional[Path]
     """Pretrained checkpoint; everything but the weights is copied from it."""
     finetuned: Positional[tuple[Path, ...]]
-    """Fine-tuned checkpoints or PEFT adapter folders."""
+    """Fine-tuned checkpoints, PEFT adapter folders, or tasks/NN-NAME of runs."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the merged checkpoint; it must not exist."""
     method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare"] = "linear"
@@ -292,7 +292,7 @@ class Merge:
             alpha_by_group={group: alpha for group, alpha in groups.items() if alpha is not None},
             extrapolate=self.extrapolate,
         )
-        console.print(f"Merged checkpoint: {self.out}")
+        console.print(f"Merged checkpoint: {escape(str(self.out))}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class Alpha:
     base: Positional[Path]
     """Pretrained checkpoint."""
     finetuned: Positional[Path]
-    """Fine-tuned checkpoint, PEFT adapter folder, or tasks/NN-NAME of a run without an adapter."""
+    """Fine-tuned checkpoint, PEFT adapter folder, or tasks/NN-NAME of a run."""
     tasks: tuple[str, ...] = ()
     """Tasks that were fine-tuned for."""
     variant: str = "ood_val"

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from perennial import cli, experiment
+from perennial.errors import PerennialError
 from perennial.evaluation import standalone
 from perennial.learning.optimizer import AdamWConfig
 from perennial.rollout.workers import WorkerConfig, start_workers
@@ -38,7 +40,7 @@ def test_a_standalone_evaluation_agrees_with_the_matrix(run, capsys, after, row,
     assert [entry["task"] for entry in told] == list(TASKS)
     for entry in told:
         assert entry["n"] == 6
-        assert entry["value"] == pytest.approx(np.mean(cells[Cell(row, decoder, "id", entry["task"])].successes))
+        assert entry["value"] == pytest.approx(100 * np.mean(cells[Cell(row, decoder, "id", entry["task"])].successes))
         assert entry["low"] <= entry["value"] <= entry["high"]
 
 
@@ -54,7 +56,7 @@ def test_a_standalone_evaluation_lets_the_strategy_choose_the_weights(config, tm
         told |= {(after, entry["task"]): entry["value"] for entry in json.loads(capsys.readouterr().out)["tasks"]}
     for (row, task), value in told.items():
         outcome = RunFolder.open(run).cell(Cell(row, "sampled", "id", task))
-        assert value == pytest.approx(np.mean(outcome.successes))
+        assert value == pytest.approx(100 * np.mean(outcome.successes))
     # The adapter of the first task still acts there, whatever was learned later.
     assert told[1, "left"] == told[2, "left"]
     assert told[1, "right"] != told[2, "right"]
@@ -67,7 +69,8 @@ def test_a_standalone_evaluation_takes_a_bare_checkpoint(run, toy_checkpoint, mo
     told = json.loads(capsys.readouterr().out)["tasks"]
     cells = RunFolder.open(run).cells()
     assert [(entry["task"], entry["value"]) for entry in told] == [
-        (task, pytest.approx(np.mean(cells[Cell(0, "sampled", "id", task)].successes))) for task in ("right", "left")
+        (task, pytest.approx(100 * np.mean(cells[Cell(0, "sampled", "id", task)].successes)))
+        for task in ("right", "left")
     ]
 
 
@@ -94,6 +97,8 @@ def test_a_standalone_evaluation_has_the_workers_of_the_run_unless_told_otherwis
         ("--episodes=0", r"--episodes is 0, but it must be above 0"),
         ("--temperature=-1", r"--temperature is -1\.0, but it must be 0 or more"),
         ("--workers=-1", r"--workers is -1, but it must be 0 or more"),
+        ("--suite=metaworld", r"is a run, which has a suite and a policy of its own; leave out --suite and --policy"),
+        (f"--policy={TOY}", r"is a run, which has a suite and a policy of its own; leave out --suite and --policy"),
     ],
 )
 def test_an_evaluation_that_cannot_work_is_refused(run, option, message, capsys):
@@ -101,3 +106,20 @@ def test_an_evaluation_that_cannot_work_is_refused(run, option, message, capsys)
         cli.main(["evaluate", str(run), option])
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_checkpoint_has_learned_no_task(toy_checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", str(toy_checkpoint), f"--suite={TOY}", f"--policy={TOY}", "--after=2"])
+    assert "is no run, so it has not learned 2 tasks; leave out --after" in capsys.readouterr().err
+
+
+def test_damaged_or_missing_weights_are_not_evaluated(run, tmp_path):
+    copy = RunFolder.open(shutil.copytree(run, tmp_path / "copy"))
+    adapter = copy.path / "tasks" / "02-right" / "adapter" / "adapter_model.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"?")
+    with pytest.raises(PerennialError, match=r"adapter_model\.safetensors is damaged: its SHA-256"):
+        standalone.of_run(copy, 2, seed=0)
+    shutil.rmtree(copy.path / "tasks" / "01-left")
+    with pytest.raises(PerennialError, match=r"has no weights of 'left'; continue it .* else restore"):
+        standalone.of_run(copy, 1, seed=0)

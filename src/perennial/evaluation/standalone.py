@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from perennial import discovery, overrides
-from perennial.config import Config, checkpoint_folder
+from perennial.config import Config, PolicyChoice, checkpoint_folder
 from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.evaluation.statistics import wilson
 from perennial.policies._placement import load_policy
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
+from perennial.reports.summary import percent
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
-from perennial.session import read_learned
+from perennial.session import label, read_learned
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies._composition import Strategies
 from perennial.suites.base import Suite, require_known
@@ -43,23 +44,37 @@ def evaluate(options: Evaluate, console: Console) -> None:
         if getattr(options, name) < 0:
             raise PerennialError(f"--{name} is {getattr(options, name)}, but it must be 0 or more.")
     is_run = (options.run / "run.json").is_file()
+    _check_scope(options, is_run)
     actor = of_run(RunFolder.open(options.run), options.after, options.seed) if is_run else _from_checkpoint(options)
     cast = actor.cast
     suite = discovery.find("suites", cast.suite, Suite)()
     require_known(suite, cast.suite, options.tasks, [options.variant])
-    rows: list[dict[str, float | str]] = []
+    rows: list[dict[str, Any]] = []
     sized = replace(actor.workers, count=options.workers or actor.workers.count)
     with closing(start_workers(sized, cast, actor.policy.acting_weights())) as workers:
         for name in track(options.tasks or actor.tasks, "evaluating", console=console, disable=options.json):
             workers.broadcast(actor.strategies.policy_for(suite.tasks[name], actor.policy))
             episodes = evaluation_episodes(suite.tasks[name], options.variant, options.episodes, options.temperature)
             successes = [t.success for t in workers.collect(episodes)]
-            estimate = wilson(sum(successes), len(successes))
-            rows.append({"task": name, **asdict(estimate)})
+            rate = percent(wilson(sum(successes), len(successes)))
+            assert rate is not None
+            rows.append({"task": name, **rate})
     if options.json:
         print(json.dumps({"variant": options.variant, "temperature": options.temperature, "tasks": rows}))
     else:
         console.print(_table(rows, options))
+
+
+def _check_scope(options: Evaluate, is_run: bool) -> None:
+    """Options that would have no effect are not taken."""
+    if is_run and (options.suite or options.policy):
+        raise PerennialError(
+            f"{options.run} is a run, which has a suite and a policy of its own; leave out --suite and --policy."
+        )
+    if not is_run and options.after > 0:
+        raise PerennialError(
+            f"{options.run} is no run, so it has not learned {options.after} tasks; leave out --after."
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ def of_run(folder: RunFolder, after: int, seed: int) -> Actor:
     chosen = config.policy
     policy = load_policy(chosen.name, checkpoint, chosen.device, chosen.dtype)
     strategies = Strategies()
-    learned = _learned_folder(folder, after)
+    learned = _learned_folder(folder, config, after)
     if learned is not None:
         strategies = Strategies(config.strategies)
         if config.policy.adapter is not None:
@@ -96,33 +111,37 @@ def of_run(folder: RunFolder, after: int, seed: int) -> Actor:
     return Actor(policy, strategies, cast, config.workers, (*config.tasks.trained, *config.tasks.held_out))
 
 
-def _learned_folder(folder: RunFolder, after: int) -> Path | None:
-    """Where the weights after `after` tasks lie; None for the base checkpoint."""
+def _learned_folder(folder: RunFolder, config: Config, after: int) -> Path | None:
+    """Where the weights after `after` tasks lie, checked for damage; None for the base checkpoint."""
     if after == 0:
         return None
     if after < 0:
         latest = folder.latest()
         return latest.path if latest else None
-    found = sorted((folder.path / "tasks").glob(f"{after:02d}-*"))
-    if not found:
-        raise PerennialError(f"{folder.path} has not learned task {after} yet; continue it with `perennial resume`.")
-    return found[0]
+    name = label(config.phases[after - 1])
+    if not folder.has_task(after, name):
+        raise PerennialError(
+            f"{folder.path} has no weights of {name!r}; continue it with `perennial resume {folder.path}` if it has "
+            "not learned that yet, else restore the folder in tasks from a copy."
+        )
+    return folder.task(after, name)
 
 
 def _from_checkpoint(options: Evaluate) -> Actor:
     """A bare base checkpoint."""
     checkpoint = checkpoint_folder(str(options.run))
-    policy = discovery.find("policies", options.policy, Policy).load(checkpoint)
-    suite = discovery.find("suites", options.suite, Suite)()
-    cast = Cast(options.suite, options.policy, checkpoint, options.seed)
+    name, suite_name = options.policy or PolicyChoice.name, options.suite or Config.suite
+    policy = discovery.find("policies", name, Policy).load(checkpoint)
+    suite = discovery.find("suites", suite_name, Suite)()
+    cast = Cast(suite_name, name, checkpoint, options.seed)
     return Actor(policy, Strategies(), cast, WorkerConfig(), tuple(suite.tasks))
 
 
-def _table(rows: list[dict[str, float | str]], options: Evaluate) -> Table:
+def _table(rows: list[dict[str, Any]], options: Evaluate) -> Table:
     decoder = "greedy" if options.temperature == 0 else f"sampled at temperature {options.temperature:g}"
     table = Table(title=f"Success, {options.episodes} episodes a task, {decoder}, variant {options.variant}")
     for column in ("task", "success", "95 % interval"):
         table.add_column(column)
     for row in rows:
-        table.add_row(str(row["task"]), f"{row['value']:.0%}", f"{row['low']:.0%} to {row['high']:.0%}")
+        table.add_row(row["task"], f"{row['value']:.0f}%", f"{row['low']:.0f}% to {row['high']:.0f}%")
     return table

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -118,6 +119,13 @@ class RunFolder:
             raise
         return run
 
+    def withdraw(self) -> None:
+        """Take back what `create` made, and the folder with it if it is empty then."""
+        with contextlib.suppress(OSError):
+            for name in ("run.json", ".lock"):
+                (self.path / name).unlink()
+            self.path.rmdir()
+
     def __enter__(self) -> Self:
         return self
 
@@ -219,6 +227,10 @@ class RunFolder:
         folder = self._task(index, name)
         atomic.commit_folder(folder, write)
         return folder
+
+    def has_task(self, index: int, name: str) -> bool:
+        """Whether `save_task` made such a folder, whatever became of it."""
+        return self._task(index, name).is_dir()
 
     def task(self, index: int, name: str) -> Path:
         """The folder that `save_task` made.
