@@ -69,6 +69,25 @@ def test_the_run_folder_holds_what_it_promises(run, config):
     assert not list((run).glob("videos/*"))
 
 
+def test_a_lost_cell_of_a_finished_run_is_played_again(run, tmp_path, no_report):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "evaluations" / "01" / "sampled" / "id" / "left.json").unlink()
+    experiment.resume(copy)
+    assert RunFolder.open(copy).cells() == RunFolder.open(run).cells()
+
+
+def test_a_row_that_cannot_be_played_again_is_told(run, tmp_path, no_report, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy [1]")
+    (copy / "evaluations" / "01" / "greedy" / "id" / "up-left.json").unlink()
+    shutil.rmtree(copy / "tasks" / "01-left")
+    experiment.resume(copy)
+    said = capsys.readouterr().out
+    assert said.startswith(f"Run: {copy}\n")
+    assert "Row 1 of the success matrix stays incomplete:" in said
+    assert f"{copy} has no weights of 'left'" in said
+    assert f"Report: {copy}/report/index.html" in said.splitlines()  # neither wrapped nor taken for markup
+
+
 def test_a_value_head_lies_beside_the_adapter_and_acting_needs_none(config, tmp_path, no_report, capsys):
     recipe = (PPO(iterations=1, rollouts=8), replace(config.recipe[0], iterations=1))
     evaluation = replace(config.evaluation, episodes=2, decoders=("greedy",))
@@ -193,12 +212,12 @@ def before_the_last_task_ended(run, tmp_path):
     return copy
 
 
-def test_a_lost_cell_of_an_earlier_row_is_not_played_with_later_weights(run, before_the_last_task_ended, no_report):
+def test_a_lost_cell_of_an_earlier_row_is_played_with_the_weights_of_then(run, before_the_last_task_ended, no_report):
     copy = before_the_last_task_ended
-    lost = Path("evaluations", "01", "greedy", "id", "right.json")
-    (copy / lost).unlink()
+    (copy / "evaluations" / "00" / "greedy" / "id" / "up-left.json").write_text("{")
+    (copy / "evaluations" / "01" / "greedy" / "id" / "right.json").unlink()
     experiment.resume(copy)
-    assert essence(copy) == {name: content for name, content in essence(run).items() if name != str(lost)}
+    assert essence(copy) == essence(run)
 
 
 def test_a_task_ends_with_as_many_threads_in_a_resumed_run(before_the_last_task_ended, monkeypatch, no_report):
@@ -207,6 +226,16 @@ def test_a_task_ends_with_as_many_threads_in_a_resumed_run(before_the_last_task_
     monkeypatch.setattr(Strategies, "after_task", lambda *_: threads.append(torch.get_num_threads()))
     experiment.resume(before_the_last_task_ended)
     assert threads == [3]
+
+
+def test_a_run_that_could_not_begin_leaves_its_folder_free(config, tmp_path):
+    (tmp_path / "base").mkdir()
+    broken = replace(config, policy=replace(config.policy, checkpoint=str(tmp_path / "base")))
+    with pytest.raises(PerennialError, match="no readable toy checkpoint"):
+        experiment.start(broken, "toy", tmp_path / "runs" / "new")
+    assert not (tmp_path / "runs" / "new").exists()
+    with RunFolder.create(tmp_path / "runs" / "new", "toy", {}, {}):
+        pass
 
 
 def test_a_folder_with_a_run_in_it_is_refused(run, config):

@@ -74,4 +74,4 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self._progress.console.print(text, highlight=False)
+        self._progress.console.print(text, highlight=False, soft_wrap=True)

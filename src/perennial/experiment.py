@@ -14,12 +14,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from perennial import config as configuration
 from perennial import faults, gating, overrides
 from perennial.config import Config
 from perennial.doctor import describe_machine
+from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
+from perennial.evaluation.standalone import of_run
 from perennial.learning.stage import Iteration, learn, learner_threads
 from perennial.planning.check import fit_micro_batches
 from perennial.policies.lora import set_trainable
@@ -39,28 +42,34 @@ def start(config: Config, preset: str, path: Path | None) -> Path:
     """
     config = fit_micro_batches(configuration.settled(replace(config, workers=sized(config.workers))))
     path = path or RunFolder.free_path(f"{preset}-seed{config.seed}")
-    with RunFolder.create(path, preset, configuration.to_json(config), describe_machine()) as folder:
-        _run(config, folder)
+    described = configuration.to_json(config), describe_machine()
+    with RunFolder.create(path, preset, *described) as folder, ExitStack() as stack:
+        try:
+            session = prepare(config, folder, stack)
+        except PerennialError:
+            folder.withdraw()  # it has not begun, and with other settings it may
+            raise
+        _run(session)
     return path
 
 
 def resume(path: Path) -> None:
     """Continue the run in `path`; a finished run only gets its report written again."""
-    with RunFolder.open_locked(path) as folder:
+    with RunFolder.open_locked(path) as folder, ExitStack() as stack:
         config = overrides.from_json(Config, folder.header["config"])
-        _run(configuration.validate(config), folder)
+        _run(prepare(configuration.validate(config), folder, stack))
 
 
-def _run(config: Config, folder: RunFolder) -> None:
+def _run(session: Session) -> None:
     """The task loop: row 0 of the success matrix, then for each phase learn it and add a row."""
-    with ExitStack() as stack:
-        session = prepare(config, folder, stack)
-        if session.cursor == Cursor(session.cursor.phase):  # later, the policy is no longer the one of this row
-            _evaluate_row(session, session.cursor.phase)
-        for phase in range(session.cursor.phase, len(config.phases)):
-            _learn_phase(session, phase)
-            _evaluate_row(session, phase + 1)
-        session.display.say(f"Report: {page.write(folder.path)}")
+    session.display.say(f"Run: {escape(str(session.folder.path))}")
+    _evaluate_lost(session)
+    if session.cursor == Cursor(session.cursor.phase):  # later, the policy is no longer the one of this row
+        _evaluate_row(session, session.cursor.phase)
+    for phase in range(session.cursor.phase, len(session.config.phases)):
+        _learn_phase(session, phase)
+        _evaluate_row(session, phase + 1)
+    session.display.say(f"Report: {escape(str(page.write(session.folder.path)))}")
 
 
 def _learn_phase(session: Session, phase: int) -> None:
@@ -155,6 +164,22 @@ def _collect(
         for i in range(first, first + count)
     ]
     return session.workers.collect(episodes)
+
+
+def _evaluate_lost(session: Session) -> None:
+    """Play what is missing of the rows that are behind, by the weights kept after those tasks."""
+    begun = session.cursor != Cursor(session.cursor.phase)
+    for row in range(session.cursor.phase + begun):
+        if all(session.folder.has_cell(cell) for cell in cells(session.config, row)):
+            continue
+        try:
+            actor = of_run(session.folder, row, session.config.seed)
+        except PerennialError as error:
+            session.display.say(
+                f"[yellow]Row {row} of the success matrix stays incomplete: {escape(str(error))}[/yellow]"
+            )
+            continue
+        _evaluate_row(replace(session, policy=actor.policy, strategies=actor.strategies), row)
 
 
 def _evaluate_row(session: Session, row: int) -> None:

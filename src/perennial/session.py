@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from perennial import config as configuration
 from perennial import discovery
@@ -129,7 +130,7 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     for tracker in trackers:
         stack.callback(tracker.close)
     if latest is not None and latest.warning:
-        display.say(f"[yellow]{latest.warning}[/yellow]")
+        display.say(f"[yellow]{escape(latest.warning)}[/yellow]")
     return Session(config, folder, suite, policy, strategies, workers, display, interrupt, cursor, trackers)
 
 
