@@ -1,9 +1,13 @@
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from perennial.commands import Demos
+from perennial.demonstrations import command
 from perennial.demonstrations.dataset import data_hash, load, read
 from perennial.demonstrations.record import Settings, record, record_all
 from perennial.errors import PerennialError
@@ -127,6 +131,17 @@ def test_failures_are_recorded_but_not_loaded(tmp_path):
     with pytest.raises(PerennialError, match="None of the 2 demonstrations of left"):
         load(tmp_path)
     assert len(load(tmp_path, ["up"])) == 3
+
+
+def test_it_is_told_how_often_the_expert_failed(tmp_path, monkeypatch):
+    paths = record(Clumsy(), "left", range(4), tmp_path, dataclasses.replace(SETTINGS, noise=0.0))
+    monkeypatch.setattr(command, "record_all", lambda *asked: [asked[5](path) for path in paths])
+    said = io.StringIO()
+    command.record(Demos(tmp_path, tasks=("left",), count=4, suite=TOY), Console(file=said, width=200))
+    assert said.getvalue().splitlines() == [
+        f"4 demonstrations, 4 of each task, are in {tmp_path}.",
+        "In 2 of them the expert failed; nobody learns from these.",
+    ]
 
 
 def test_a_task_without_an_expert_cannot_be_recorded(tmp_path):

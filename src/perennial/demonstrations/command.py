@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from perennial import discovery
+from perennial.demonstrations.dataset import succeeded
 from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
 from perennial.suites.base import Suite, require_known
@@ -33,6 +36,13 @@ def record(options: Demos, console: Console) -> None:
     require_known(suite, options.suite, tasks, [options.variant])
     workers = options.workers or len(os.sched_getaffinity(0))
     columns = ("recording", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    failed = 0
+
+    def recorded(path: Path) -> None:
+        nonlocal failed
+        failed += not succeeded(path)
+        progress.advance(bar)
+
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("recording", total=len(tasks) * options.count)
         record_all(
@@ -41,8 +51,11 @@ def record(options: Demos, console: Console) -> None:
             options.count,
             options.out,
             workers,
-            lambda path: progress.advance(bar),
+            recorded,
             Settings(variant=options.variant, image_every=options.image_every),
             options.first,
         )
-    console.print(f"{len(tasks) * options.count} demonstrations of {len(tasks)} tasks are in {options.out}.")
+    total, place = len(tasks) * options.count, escape(str(options.out))
+    console.print(f"{total} demonstrations, {options.count} of each task, are in {place}.", soft_wrap=True)
+    if failed:
+        console.print(f"[yellow]In {failed} of them the expert failed; nobody learns from these.[/yellow]")

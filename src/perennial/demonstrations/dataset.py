@@ -97,6 +97,12 @@ def require_recorded(folder: str, option: str, task: str = "") -> None:
     read(first)
 
 
+def succeeded(path: Path) -> bool:
+    """Whether the expert succeeded in the episode of a file that was just recorded."""
+    with safe_open(path, framework="numpy") as file:
+        return bool(json.loads(file.metadata()[HEADER])["success"])
+
+
 def read(path: Path) -> tuple[dict[str, Any], Demonstration]:
     """One episode, successful or not, with its header.
 
