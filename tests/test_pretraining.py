@@ -1,6 +1,8 @@
 """Cloning a base policy, with the toy suite and policy."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -113,10 +115,13 @@ def test_it_does_not_go_on_with_something_else(demonstrations, tmp_path, monkeyp
         pretraining.pretrain(options(demonstrations, tmp_path / "out", **changes), Console(quiet=True))
 
 
-def test_a_checkpoint_that_is_there_is_not_replaced(demonstrations, tmp_path):
+@pytest.mark.parametrize("out", ["out", ".", "..", "/"])
+def test_a_folder_that_is_there_is_not_replaced(demonstrations, tmp_path, monkeypatch, out):
     (tmp_path / "out").mkdir()
-    with pytest.raises(PerennialError, match="out exists already"):
-        pretraining.pretrain(options(demonstrations, tmp_path / "out"), Console(quiet=True))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PerennialError, match=f"^{re.escape(out)} exists already"):
+        pretraining.pretrain(options(demonstrations, Path(out)), Console(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

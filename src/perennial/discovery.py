@@ -85,8 +85,9 @@ def find(room: str, name: str, base: type[Kind]) -> type[Kind]:
     name, _, argument = name.partition(":")
     module = load(room, name)
     for value in vars(module).values():
-        own = isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
-        if own and not inspect.isabstract(value):
+        if not isinstance(value, type) or inspect.isabstract(value) or value.__module__ != module.__name__:
+            continue
+        if issubclass(value, base):
             if not argument:
                 return value
             if not hasattr(value, "argument"):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from torch import nn
 
@@ -58,7 +59,7 @@ def pretrain(options: Pretrain, console: Console) -> None:
             was begun with other options.
     """
     _check(options)
-    unfinished = options.out.with_name(f"{options.out.name}.unfinished")
+    unfinished = options.out.parent / f"{options.out.name}.unfinished"
     if options.out.exists() and not (unfinished / BEGUN).exists():
         raise PerennialError(f"{options.out} exists already; choose another folder for the checkpoint.")
     demonstrations = load(options.demonstrations, options.tasks or None)
@@ -86,7 +87,7 @@ def pretrain(options: Pretrain, console: Console) -> None:
         if options.episodes:
             _write_success(options.out, measure(options, options.out, tasks_of(demonstrations), console))
         shutil.rmtree(unfinished)
-    console.print(f"Checkpoint: {options.out}")
+    console.print(f"Checkpoint: {escape(str(options.out))}", highlight=False, soft_wrap=True)
 
 
 def _check(options: Pretrain) -> None:

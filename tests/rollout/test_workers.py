@@ -72,8 +72,8 @@ def test_processes_and_this_process_play_the_same(pair, toy_checkpoint):
 def test_ctrl_c_is_not_for_workers_even_while_they_start(toy_checkpoint):
     cast = Cast(TOY, TOY, toy_checkpoint, seed=7)
     former = signal.getsignal(signal.SIGINT)  # ignored already where the tests run in the background of a shell
-    config = WorkerConfig("process", count=1)
-    with closing(ProcessWorkers(config, cast, ToyPolicy().acting_weights())) as workers:
+    patient = WorkerConfig("process", count=1, timeout=1e10)  # longer than the system waits at one time
+    with closing(ProcessWorkers(patient, cast, ToyPolicy().acting_weights())) as workers:
         process = workers._workers[0].process
         os.kill(process.pid, signal.SIGINT)
         assert len(workers.collect(requests())) == ENOUGH

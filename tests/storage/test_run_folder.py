@@ -8,6 +8,7 @@ import pytest
 
 from perennial.errors import PerennialError
 from perennial.storage.cells import Cell, Outcome
+from perennial.storage.logs import JsonLines
 from perennial.storage.run_folder import RunFolder
 
 CONFIG = {"seed": 0, "tasks": {"trained": ["a", "b"], "held_out": ["c"]}}
@@ -220,6 +221,14 @@ def test_the_lock_is_given_back_when_opening_fails(tmp_path):
     manifest.write_bytes(content)
     with RunFolder.open_locked(tmp_path / "r") as run:
         assert run.latest().number == 1
+
+
+@pytest.mark.parametrize("line", [b"[1]", b"3", b"{", b"\xff"])
+def test_a_line_of_a_log_that_is_no_object_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"event": "iteration"}\n' + line + b"\n")
+    with pytest.raises(PerennialError, match=r"metrics\.jsonl is damaged: a line is no JSON object"):
+        JsonLines(path).rows()
 
 
 def test_cells_come_back_and_damaged_or_misplaced_ones_do_not_exist(tmp_path):

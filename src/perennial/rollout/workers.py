@@ -34,6 +34,8 @@ from perennial.suites.base import Suite
 
 MEMORY_PER_WORKER = 1.5e9
 """Bytes that a worker with a small policy and a simulator takes at most."""
+LONGEST_WAIT = 3600.0
+"""Seconds to listen at one time, as the system refuses waits of weeks."""
 ATTEMPTS = 3
 """How often the same episodes are given to a fresh worker before the run stops."""
 
@@ -205,7 +207,7 @@ class ProcessWorkers:
         while busy:
             faults.point("rollout")
             patience = min(worker.heard for worker in busy) + self._config.timeout - time.monotonic()
-            ready = wait([worker.connection for worker in busy], timeout=max(0.0, patience))
+            ready = wait([worker.connection for worker in busy], timeout=min(max(0.0, patience), LONGEST_WAIT))
             for worker in [worker for worker in busy if worker.connection in ready]:
                 if self._receive(worker, trajectories, on_episode):
                     busy.remove(worker)

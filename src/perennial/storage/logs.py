@@ -42,7 +42,7 @@ class JsonLines:
         """All complete lines.
 
         Raises:
-            PerennialError: a line is no JSON.
+            PerennialError: a line is no JSON object.
         """
         return self._parse(self.path.read_bytes()) if self.path.exists() else []
 
@@ -69,6 +69,9 @@ class JsonLines:
     def _parse(self, content: bytes) -> list[dict[str, Any]]:
         """The objects in all complete lines of `content`."""
         try:
-            return [json.loads(line) for line in content.split(b"\n")[:-1]]
+            rows = [json.loads(line) for line in content.split(b"\n")[:-1]]
         except ValueError:
-            raise PerennialError(f"{self.path} is damaged: a line is not JSON; restore it from a copy.") from None
+            rows = [None]
+        if not all(isinstance(row, dict) for row in rows):
+            raise PerennialError(f"{self.path} is damaged: a line is no JSON object; restore it from a copy.")
+        return rows
