@@ -5,14 +5,11 @@ A table stands between `<!-- NAME -->` and `<!-- end -->` in a page; what is wri
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +71,11 @@ def strengths(name: str) -> str:
     return table(("method", "Gain", "NBT"), rows)
 
 
-def code_lines(path: Path) -> int:
-    """Lines of a module with code on them: no blank ones, no comments, no docstrings."""
-    source = path.read_text(encoding="utf-8")
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented) and ast.get_docstring(node)]
-    told = {number for node in nodes for number in range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1)}
-    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    tokens = [token for token in tokenize.generate_tokens(StringIO(source).readline) if token.type not in silent]
-    return len({number for token in tokens for number in range(token.start[0], token.end[0] + 1)} - told)
-
-
 def strategy_costs() -> str:
-    """How long each strategy is, and what it keeps on disk after five tasks."""
-    kept = {row["row"]: row["cost"]["kept_bytes"] for row in figures("simple_recipe")["rows"]}
-    rows = []
-    for name, path in discovery.names("strategies").items():
-        lines = code_lines(ROOT / "src" / Path(*path.split(".")).with_suffix(".py"))
-        rows.append([f"`{name}`", str(lines), f"{kept[name] / 1e6:.1f}" if name in kept else ""])
-    return table(("strategy", "lines of code", "kept, MB"), rows)
+    """What strategies keep on disk after five tasks."""
+    rows = figures("simple_recipe")["rows"]
+    kept = {row["row"]: row["cost"]["kept_bytes"] for row in rows if row["row"] in discovery.names("strategies")}
+    return table(("strategy", "kept, MB"), [[f"`{name}`", f"{size / 1e6:.1f}"] for name, size in sorted(kept.items())])
 
 
 # The search for alpha, made outside the study from the weights that its runs left.
@@ -274,6 +257,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "retain choice found": lambda: choice_table([0]),
     "retain choice fresh": lambda: choice_table([1, 2]),
     "retain growth": growth_table,
+    "retain sequence done": lambda: done("retain_sequence"),
     "retain sequence": sequence_table,
 }
 

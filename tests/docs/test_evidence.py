@@ -38,28 +38,7 @@ def test_a_mean_rate_lies_within_an_interval_that_narrows_with_more_episodes(evi
     assert evidence.mean_rate(few)["low"] < evidence.mean_rate(many)["low"]
 
 
-def test_lines_of_code_are_neither_blank_nor_comments_nor_docstrings(evidence, tmp_path):
-    module = tmp_path / "module.py"
-    module.write_text('''"""Told."""
-
-# why
-LIMIT = (
-    1  # one
-)
-
-
-def f(x):
-    """Told.
-
-    At length.
-    """
-    return """a
-string"""
-''')
-    assert evidence.code_lines(module) == 3 + 1 + 2
-
-
 def test_every_strategy_is_explained():
     page = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
-    explained = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
-    assert sorted(explained) == sorted(2 * list(discovery.names("strategies")))
+    explained = re.findall(r"^\| `(\w+)` \|", page.partition("<!--")[0], re.MULTILINE)
+    assert sorted(explained) == list(discovery.names("strategies"))
