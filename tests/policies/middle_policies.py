@@ -30,28 +30,28 @@ def middle_openvla(kind, **changes):
     return tiny_openvla_oft.tiny_policy(kind=kind, **(sizes | changes))
 
 
+FLOW = {
+    "image_size": 64,
+    "vision": Vision(width=128, layers=3, heads=4, mlp_width=320, patch_size=8),
+    "horizon": 16,
+    "executed": 8,
+}
+
+
 def middle_pi0(**changes):
     heads = {"layers": 3, "heads": 4, "key_value_heads": 1, "head_dim": 32}
-    sizes = {
-        "image_size": 64,
-        "vision": Vision(width=128, layers=3, heads=4, mlp_width=320, patch_size=8),
+    sizes = FLOW | {
         "language": Transformer(width=128, mlp_width=512, **heads),
         "expert": Transformer(width=96, mlp_width=256, **heads),
-        "horizon": 16,
-        "executed": 8,
     }
     return tiny_pi0.tiny_policy(**(sizes | changes))
 
 
 def middle_smolvla(**changes):
     heads = {"layers": 4, "heads": 4, "key_value_heads": 2, "head_dim": 32}
-    sizes = {
-        "image_size": 64,
-        "vision": Vision(width=128, layers=3, heads=4, mlp_width=320, patch_size=8),
+    sizes = FLOW | {
         "language": Transformer(width=128, mlp_width=344, **heads),
         "expert": Transformer(width=96, mlp_width=256, **heads),
-        "horizon": 16,
-        "executed": 8,
         "shuffle": 2,
     }
     return tiny_smolvla.tiny_policy(**(sizes | changes))

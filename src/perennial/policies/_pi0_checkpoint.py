@@ -134,15 +134,26 @@ def read_layouts(
     raise PerennialError(f"config.json in {folder} describes no {kind} policy; choose a {kind} checkpoint.")
 
 
-def camera_size(values: Mapping[str, Any]) -> int | None:
-    """Side of the pictures that LeRobot's config.json expects; None where they are not all squares of one size."""
-    shown = (feature["shape"] for feature in values["input_features"].values() if feature["type"] == "VISUAL")
-    sides = {side for shape in shown for side in shape[1:]}
-    return sides.pop() if len(sides) == 1 else None
+def shared_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What LeRobot's config.json says of every flow policy in the same words, as fields of the configuration.
+
+    `camera_size` is None where the pictures are not all squares of one size.
+    """
+    shapes = [feature["shape"] for feature in values["input_features"].values() if feature["type"] == "VISUAL"]
+    sides = {side for shape in shapes for side in shape[1:]}
+    return {
+        "camera_size": sides.pop() if len(sides) == 1 else None,
+        "views": len(shapes),
+        "horizon": values["chunk_size"],
+        "executed": values["n_action_steps"],
+        "max_state_dim": values["max_state_dim"],
+        "max_action_dim": values["max_action_dim"],
+        "max_prompt_length": values["tokenizer_max_length"],
+    }
 
 
 def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) -> PI0Config:
-    features, scaling = values["input_features"].values(), values["normalization_mapping"]
+    scaling = values["normalization_mapping"]
     if {scaling["STATE"], scaling["ACTION"]} != {"MEAN_STD"}:
         raise ValueError(f"normalization_mapping is {scaling}, but only MEAN_STD is known")
     return PI0Config(
@@ -151,15 +162,9 @@ def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) ->
         language=GEMMA[values["paligemma_variant"]],
         expert=GEMMA[values["action_expert_variant"]],
         image_size=values["image_resolution"][0],
-        camera_size=camera_size(values),
-        views=sum(feature["type"] == "VISUAL" for feature in features),
-        horizon=values["chunk_size"],
-        executed=values["n_action_steps"],
-        max_state_dim=values["max_state_dim"],
-        max_action_dim=values["max_action_dim"],
         denoising_steps=values["num_inference_steps"],
-        max_prompt_length=values["tokenizer_max_length"],
         exploration=Exploration(**values.get("exploration", {})),
+        **shared_fields(values),
         **PUBLISHED,
     )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perennial.policies._pi0_checkpoint import camera_size, read_layouts
+from perennial.policies._pi0_checkpoint import read_layouts, shared_fields
 from perennial.policies._pi0_config import SMALL, Moments, PI0Config, Transformer, Vision
 
 UNUSED = r"lm_head\.weight$|^(un)?normalize_"
@@ -82,21 +82,14 @@ def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) ->
         if found != known:
             raise ValueError(f"{name} is {found!r}, but only {known!r} is known")
     narrow = int(wide * values["expert_width_multiplier"])
-    features = values["input_features"].values()
     return replace(
         default,
         language=replace(default.language, layers=layers),
         expert=replace(default.expert, width=narrow, layers=layers, mlp_width=_perceptron(narrow)),
         image_size=values["resize_imgs_with_padding"][0],
-        camera_size=camera_size(values),
-        views=sum(feature["type"] == "VISUAL" for feature in features),
-        horizon=values["chunk_size"],
-        executed=values["n_action_steps"],
-        max_state_dim=values["max_state_dim"],
-        max_action_dim=values["max_action_dim"],
         denoising_steps=values["num_steps"],
-        max_prompt_length=values["tokenizer_max_length"],
         self_attention_every=values["self_attn_every_n_layers"],
+        **shared_fields(values),
     )
 
 
