@@ -5,15 +5,15 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
 from perennial import discovery, overrides
+from perennial.discovery import Kind
 
-Kind = Literal["suites", "policies", "strategies", "recipes", "presets", "studies", "trackers"]
 OTHERWISE: dict[str, str] = {"recipes": "learning", "trackers": "tracking"}
 ROOMS: dict[Kind, str] = {kind: OTHERWISE.get(kind, kind) for kind in get_args(Kind)}
 """Where the choices of each kind are found."""

@@ -14,6 +14,7 @@ from rich.markup import escape
 from tyro.conf import Positional
 
 from perennial.conversion import Convert
+from perennial.discovery import Kind
 from perennial.planning.options import Plan
 
 console = Console()
@@ -365,7 +366,7 @@ class Doctor:
 class List:
     """List what can be chosen, or what one choice is and can be set to."""
 
-    kind: Positional[Literal["suites", "policies", "strategies", "recipes", "presets", "studies", "trackers"]]
+    kind: Positional[Kind]
     """What to list."""
     name: Positional[str] = ""
     """One of them, to be shown in full."""

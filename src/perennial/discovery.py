@@ -14,11 +14,11 @@ import inspect
 import pkgutil
 from pathlib import Path
 from types import ModuleType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from perennial.errors import PerennialError, unknown
 
-Kind = TypeVar("Kind")
+Thing = TypeVar("Thing")
 
 ROOMS = {
     "suites": "suite",
@@ -29,6 +29,8 @@ ROOMS = {
     "studies": "study",
     "tracking": "tracker",
 }
+Kind = Literal["suites", "policies", "strategies", "recipes", "presets", "studies", "trackers"]
+"""What `perennial list` calls the rooms."""
 HELPERS = {"policies": {"lora"}, "learning": {"advantages", "optimizer", "stage"}}
 """Modules of a room that are not choices, beside `base` and names that begin with an underscore."""
 
@@ -74,7 +76,7 @@ def describe(path: str) -> str:
     return docstring.partition("\n")[0]
 
 
-def find(room: str, name: str, base: type[Kind]) -> type[Kind]:
+def find(room: str, name: str, base: type[Thing]) -> type[Thing]:
     """The class derived from `base` that the module `name` in `room` defines itself.
 
     In `name:argument`, the argument becomes the attribute `argument` of a class that declares one.
@@ -99,7 +101,7 @@ def find(room: str, name: str, base: type[Kind]) -> type[Kind]:
     )
 
 
-def value(room: str, name: str, attribute: str, kind: type[Kind]) -> Kind:
+def value(room: str, name: str, attribute: str, kind: type[Thing]) -> Thing:
     """The `attribute` of the module `name` in `room`, which makes it a thing of that room.
 
     Raises:

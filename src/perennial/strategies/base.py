@@ -65,12 +65,16 @@ class Strategy:
 
     def ungated(self) -> str | None:
         """Why a gate cannot carry on a part of what a task changed, as the end of a sentence; None if it can."""
-        apart = type(self).policy_for is not Strategy.policy_for
-        return "it gives tasks weights of their own" if apart else None
+        return self._apart()
 
     def unjoined(self) -> str | None:
         """Why it cannot guard tasks that are learned all at once, as the end of a sentence; None if it can."""
-        return None
+        return self._apart()
+
+    def _apart(self) -> str | None:
+        """What separates the tasks, where the weights that act depend on them."""
+        apart = type(self).policy_for is not Strategy.policy_for
+        return "it gives tasks weights of their own" if apart else None
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """Called once before the first stage of `task`."""

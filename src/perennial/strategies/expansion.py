@@ -36,10 +36,6 @@ class Expansion(Strategy):
     instructions: dict[str, str] = field(init=False, repr=False, default_factory=dict)
     learning: str | None = field(init=False, repr=False, default=None)
 
-    def unjoined(self) -> str | None:
-        """It goes by single tasks."""
-        return "it keeps weights of its own for every one of them"
-
     def before_task(self, task: Task, policy: Policy) -> None:
         """Start from the base."""
         self.base = self.base or snapshot(policy)
