@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -204,15 +204,27 @@ def protocol_rows() -> dict[str, Any]:
     return {row["method"]: row for row in figures("retain")["protocol"]["rows"]}
 
 
+def difference(method: str, reference: str) -> dict[str, Estimate]:
+    """Column of the protocol -> `method` minus `reference` on common seeds and states."""
+    renamed = replace(find("retain"), reference=reference)
+    found = protocol.figures(renamed, study.read_results(STUDIES / "retain", renamed))
+    assert found is not None
+    versus: dict[str, Estimate] = next(row["versus"] for row in found["rows"] if row["method"] == method)
+    return versus
+
+
 def growth_table() -> str:
-    """How far fine-tuning reaches from bases of 10, 25 and 42 tasks."""
+    """How far fine-tuning reaches from bases of 10, 25 and 42 tasks, and what merging adds to it."""
     rows = []
+    columns = ("narrow", "ood_test", protocol.GENERALIST)
     for tasks in BASES:
         suffix = "" if tasks == max(BASES) else f"_{tasks}_tasks"
         for method in ("task_ft", "retain_task_ft"):
             found = protocol_rows()[method + suffix]
-            cells = [words.estimate(found["figures"][c], True) for c in ("narrow", "ood_test", protocol.GENERALIST)]
+            cells = [words.estimate(found["figures"][c], True) for c in columns]
             rows.append([str(tasks), method, str(found["runs"]), words.estimate(found["before"], True), *cells])
+        added = difference(f"retain_task_ft{suffix}", f"task_ft{suffix}")
+        rows.append([str(tasks), "difference", rows[-1][2], "", *(words.estimate(added[c], False) for c in columns)])
     header = ("tasks of the base", "method", "runs", "old tasks before", "`narrow`", "`ood_test`", "old tasks after")
     return table(header, rows)
 

@@ -67,7 +67,7 @@ def figures(folder: Path) -> dict[str, Any]:
     """
     name = study_name(folder)
     study = base.find(name)
-    results = _results(folder, study)
+    results = read_results(folder, study)
     if not results:
         raise PerennialError(f"The study in {folder} has no result yet; run it by `perennial study {name}`.")
     entries = {entry.row: entry for entry in base.grid(study)}
@@ -86,7 +86,7 @@ def figures(folder: Path) -> dict[str, Any]:
     }
 
 
-def _results(folder: Path, study: base.Study) -> dict[str, dict[int, Result]]:
+def read_results(folder: Path, study: base.Study) -> dict[str, dict[int, Result]]:
     """Row -> seed -> result, in the study's order; results that the study does not know are left out."""
     found: dict[str, dict[int, Result]] = {}
     for entry in base.grid(study):
