@@ -112,7 +112,7 @@ def test_a_row_of_another_task_is_compared_with_the_reference_on_that_task(resul
         for row, runs in results.items()
     }
     monkeypatch.setattr(
-        study, "_results", lambda folder, found: {row: known[row] for row in ("merged-door", "plain-door")}
+        study, "read_results", lambda folder, found: {row: known[row] for row in ("merged-door", "plain-door")}
     )
     monkeypatch.setattr(
         study.base, "grid", lambda found: [base.Entry(STUDY, m, "door", s) for m in ("merged", "plain") for s in (0, 1)]
