@@ -1,15 +1,20 @@
 """Whole toy runs with RETAIN: the search is logged and reported, and a run killed in it ends the same."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from perennial import config as configuration
 from perennial import experiment
 from perennial.errors import PerennialError
+from perennial.evaluation.standalone import of_run
+from perennial.merging.checkpoints import merge_checkpoints
 from perennial.reports import page, summary
+from perennial.storage.run_folder import RunFolder
 from perennial.strategies.retain import Retain
 from perennial.testing.toy import ToyPolicy
 from toyhouse.runs import essence, toy_config
@@ -65,6 +70,28 @@ def test_a_run_killed_in_the_search_ends_the_same(base, run, tmp_path, monkeypat
         experiment.start(searching(base), "toy", tmp_path / "run")
     experiment.resume(tmp_path / "run")
     assert essence(tmp_path / "run") == essence(run)
+
+
+def test_the_adapter_of_every_task_is_one_of_the_base_whatever_was_merged_before(base, tmp_path):
+    """Merging after a task never moves the base, so what a run leaves of any task can be merged into it."""
+    run = experiment.start(toy_config(base, strategies=(Retain(alpha=(0.5,)),)), "toy", tmp_path / "run")
+    for number, task in enumerate(("left", "right"), 1):
+        out = tmp_path / task
+        merge_checkpoints(base, run / "tasks" / f"{number:02d}-{task}", out, alpha=1.0)
+        expected = of_run(RunFolder.open(run), number, 0).policy.acting_weights()
+        assert any(not torch.equal(expected[n], w) for n, w in ToyPolicy.load(base).acting_weights().items())
+        for name, weights in ToyPolicy.load(out).acting_weights().items():
+            torch.testing.assert_close(weights, expected[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_a_run_whose_base_changed_is_neither_resumed_nor_evaluated(tmp_path):
+    ToyPolicy(0).save(tmp_path / "base")
+    run = experiment.start(toy_config(tmp_path / "base"), "toy", tmp_path / "run")
+    shutil.rmtree(tmp_path / "base")
+    ToyPolicy(1).save(tmp_path / "base")
+    for again in (experiment.resume, lambda folder: of_run(RunFolder.open(folder), -1, 0)):
+        with pytest.raises(PerennialError, match=r"adapter was trained on other weights \(.*base\)"):
+            again(run)
 
 
 def test_the_report_shows_coefficients_shares_and_the_search(run, capsys):

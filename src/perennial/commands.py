@@ -337,7 +337,7 @@ class Alpha:
     workers: int = 0
     """Worker processes; 0 takes one per processor core."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("alpha.html")
-    """Where to write the page; the JSON goes beside it."""
+    """Where to write the page; the JSON goes beside it, and neither may exist."""
     json: bool = False
     """Print JSON."""
 

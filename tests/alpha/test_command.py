@@ -117,6 +117,15 @@ def test_bad_input_gets_a_sentence_before_anything_is_loaded(tmp_path, wrong, se
         command.command(options((tmp_path / "no", tmp_path / "nothing"), tmp_path, **wrong), Console(quiet=True))
 
 
+@pytest.mark.parametrize("taken", ["alpha.html", "alpha.json"])
+def test_what_an_earlier_sweep_found_is_not_overwritten(folders, tmp_path, monkeypatch, taken):
+    monkeypatch.setattr(command, "sweep", lambda *_: pytest.fail("hours of playing would be lost"))
+    (tmp_path / taken).write_text("earlier")
+    with pytest.raises(PerennialError, match=rf"{taken} exists already; name another page by --out"):
+        command.command(options(folders, tmp_path), Console(quiet=True))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(taken, "earlier")]
+
+
 @pytest.mark.parametrize("count", [0, 3])
 def test_it_plays_in_as_many_workers_as_asked_for(folders, tmp_path, monkeypatch, count):
     asked = []

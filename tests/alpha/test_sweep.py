@@ -1,8 +1,10 @@
+import json
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from perennial.alpha import sweep
 from perennial.alpha.sweep import Pair, front, likeliest, open_pair
@@ -57,6 +59,34 @@ def test_a_folder_without_weights_and_another_architecture_are_refused(base, tmp
     save_file({"vision.weight": torch.zeros(2, 2)}, torch_free / "model.safetensors")
     with pytest.raises(PerennialError, match="does not fit the base"):
         open_pair(TOY, base, torch_free)
+
+
+def adapted(base, folder):
+    policy = ToyPolicy.load(base)
+    add_adapter(policy, LoRA(3, 6), seed=0)
+    shake(policy, 1)
+    folder.mkdir()
+    save_learned(policy, folder, "trained/on")
+    return folder
+
+
+def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(base, tmp_path):
+    folder = adapted(base, tmp_path / "learned")
+    ToyPolicy(1).save(tmp_path / "other")
+    with pytest.raises(PerennialError, match=r"was trained on other weights \(trained/on\) than those in .*other"):
+        open_pair(TOY, tmp_path / "other", folder)
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"revision": None}))
+    assert open_pair(TOY, tmp_path / "other", folder).finetuned  # one that others made says nothing
+
+
+def test_an_adapter_of_other_shapes_is_refused_by_the_name_of_its_layer(base, tmp_path):
+    folder = adapted(base, tmp_path / "learned")
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    key = "base_model.model.head.lora_A.weight"
+    save_file({n: t[:, 1:].contiguous() if n == key else t for n, t in load_file(weights).items()}, weights)
+    with pytest.raises(PerennialError, match=r"updates head\.weight of shape .*, which the base .* does not have"):
+        open_pair(TOY, base, folder)
 
 
 def test_the_grid_is_sorted_and_groups_share_what_they_do_not_set():

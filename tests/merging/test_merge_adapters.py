@@ -17,6 +17,8 @@ from perennial.merging.adapters import delta_weights
 from perennial.merging.checkpoints import merge_checkpoints
 from perennial.merging.linear import linear
 from perennial.merging.ties import ties
+from perennial.policies.lora import LoRA, add_adapter, load_adapter, merged_weights, save_adapter
+from perennial.testing.toy import ToyPolicy
 
 peft = pytest.importorskip("peft")
 
@@ -207,7 +209,7 @@ def add_tensor(folder: Path, name: str) -> None:
 
 BAD = {
     "name": (lambda f: edit(f, base_model_name_or_path="other/base"), {}, "trained on other/base"),
-    "revision": (lambda f: edit(f, revision="sha256:beef"), {}, "only adapters of one base"),
+    "revision": (lambda f: edit(f, revision="v2"), {}, "only adapters of one base"),
     "dora": (lambda f: edit(f, use_dora=True), {}, "only LoRA can be merged"),
     "method": (lambda f: edit(f, peft_type="IA3"), {}, "is a IA3 adapter"),
     "pissa": (lambda f: edit(f, init_lora_weights="pissa"), {}, "started from pissa"),
@@ -251,17 +253,64 @@ def test_an_adapter_of_another_base_is_not_merged_into_a_checkpoint(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_our_own_adapters_of_one_base_merge_and_load_again(tmp_path):
-    from perennial.policies.lora import LoRA, add_adapter, load_adapter, merged_weights, save_adapter
-    from perennial.testing.toy import ToyPolicy
+def our_own(folder: Path, seed: int, base: int = 0, name: str = "toy") -> Path:
+    """An adapter of a toy policy, saved as a run saves it."""
+    learner = ToyPolicy(base)
+    add_adapter(learner, LoRA(rank=2, alpha=4), seed)
+    for parameter_name, parameter in learner.model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(seed))
+    save_adapter(learner, folder, name)
+    return folder
 
+
+@pytest.mark.parametrize(
+    ("one", "other", "refused"),
+    [
+        ({"revision": "sampled:1"}, {"revision": "sampled:2"}, True),
+        ({"revision": "sha256:1"}, {"revision": "sha256:2"}, True),
+        ({"revision": "sampled:1"}, {"revision": "sampled:1", "base_model_name_or_path": "moved"}, False),
+        ({"revision": "sampled:1"}, {"revision": "sha256:1"}, False),
+        ({"revision": "sampled:1"}, {"revision": None}, False),
+        ({"revision": "sampled:1"}, {"revision": None, "base_model_name_or_path": "moved"}, True),
+        ({"revision": "v1"}, {"revision": "v1", "base_model_name_or_path": "moved"}, True),
+    ],
+)
+def test_records_of_the_base_decide_and_names_where_one_is_missing(tmp_path, one, other, refused):
+    folders = [adapter(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    for folder, changes in zip(folders, (one, other), strict=True):
+        edit(folder, **changes)
+    if refused:
+        with pytest.raises(PerennialError, match=r"b was trained on .*, but .*a on some/base.*; only adapters"):
+            merge_adapters(folders, tmp_path / "out")
+    else:
+        assert merge_adapters(folders, tmp_path / "out").residual == 0.0
+
+
+def test_an_adapter_of_another_base_of_the_same_shapes_is_refused(tmp_path):
+    ToyPolicy(0).save(tmp_path / "base")
+    ToyPolicy(1).save(tmp_path / "other")
+    own, strange = our_own(tmp_path / "own", 1), our_own(tmp_path / "strange", 2, base=1, name="their/base")
+    with pytest.raises(PerennialError, match=r"strange was trained on other weights \(their/base\) than"):
+        merge_checkpoints(tmp_path / "base", [own, strange], tmp_path / "out", method="task_arithmetic")
+    with pytest.raises(PerennialError, match=r"strange was trained on their/base \(weights sampled:\w+\), but"):
+        merge_adapters([own, strange], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge_checkpoints(tmp_path / "other", strange, tmp_path / "out")
+    edit(own, revision=None)
+    merge_checkpoints(tmp_path / "other", own, tmp_path / "unrecorded")
+
+
+def test_a_merged_adapter_stays_one_of_its_base(tmp_path):
+    ToyPolicy(1).save(tmp_path / "other")
+    merge_adapters([our_own(tmp_path / name, seed) for seed, name in enumerate("ab")], tmp_path / "merged")
+    with pytest.raises(PerennialError, match="merged was trained on other weights"):
+        merge_checkpoints(tmp_path / "other", tmp_path / "merged", tmp_path / "out")
+
+
+def test_our_own_adapters_of_one_base_merge_and_load_again(tmp_path):
     for name in ("a", "b"):
-        learner = ToyPolicy(seed=0)
-        add_adapter(learner, LoRA(rank=2, alpha=4), seed=ord(name))
-        for parameter_name, parameter in learner.model.named_parameters():
-            if "lora_B" in parameter_name:
-                parameter.data.normal_(generator=torch.Generator().manual_seed(ord(name)))
-        save_adapter(learner, tmp_path / name, "toy")
+        our_own(tmp_path / name, ord(name))
     merge_adapters([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     found = []
     for name in ("a", "b", "out"):

@@ -176,9 +176,27 @@ def test_adapter_folders_are_the_same_bytes_every_time(tmp_path):
     assert targets == sorted(targets)
 
 
+def adapted_names(policy):
+    return {base_name(name) for name, _ in policy.model.named_parameters() if ".lora_" in name}
+
+
+@pytest.mark.parametrize("record", [None, "main", "sha256:" + "0" * 64])
+def test_an_adapter_without_our_record_of_its_base_loads_and_gets_one(tmp_path, record):
+    policy = adapted()
+    save_adapter(policy, tmp_path / "one", base="base")
+    config = tmp_path / "one" / "adapter_config.json"
+    written = config.read_bytes()
+    config.write_text(json.dumps(json.loads(written) | {"revision": record}))
+    other = tiny_policy()
+    load_adapter(other, tmp_path / "one")
+    np.testing.assert_array_equal(logits(other), logits(policy))
+    save_adapter(other, tmp_path / "two", base="base")
+    assert (tmp_path / "two" / "adapter_config.json").read_bytes() == written
+
+
 def test_the_base_is_hashed_once_however_often_its_adapter_is_saved(tmp_path, monkeypatch):
     hashed, policy, other = [], adapted(), tiny_policy()
-    monkeypatch.setattr(lora, "fingerprint", lambda model: hashed.append(model) or fingerprint(model))
+    monkeypatch.setattr(lora, "fingerprint", lambda *asked: hashed.append(asked) or fingerprint(*asked))
     for name in ("one", "two"):
         save_adapter(policy, tmp_path / name, base="base")
     assert len(hashed) == 1
@@ -187,7 +205,7 @@ def test_the_base_is_hashed_once_however_often_its_adapter_is_saved(tmp_path, mo
     assert len(hashed) == 2, "what was compared with the base on loading is known"
     contents = {(tmp_path / name / "adapter_config.json").read_bytes() for name in ("one", "two", "three")}
     assert len(contents) == 1
-    assert json.loads(contents.pop())["revision"] == fingerprint(tiny_policy().model)
+    assert json.loads(contents.pop())["revision"] == fingerprint(tiny_policy().model, adapted_names(policy))
 
 
 def test_an_adapter_of_another_base_is_refused_and_the_policy_kept(tmp_path):
@@ -210,14 +228,20 @@ def test_broken_adapter_folders_are_named(tmp_path):
         load_adapter(tiny_policy(), tmp_path / "nowhere")
 
 
-def test_the_fingerprint_sees_the_base_and_not_the_adapter():
+def test_the_fingerprint_sees_what_is_adapted_and_not_the_adapter():
     policy = tiny_policy()
-    before = fingerprint(policy.model)
+    weights = {name: p for name, p in policy.model.named_parameters() if name.endswith("weight") and p.dim() == 2}
+    before = fingerprint(policy.model, weights)
     add_adapter(policy, LoRA(), 0)
-    assert fingerprint(policy.model) == before
-    with torch.no_grad():
-        next(policy.model.parameters()).view(-1)[-1] += 1e-3
-    assert fingerprint(policy.model) != before
+    assert fingerprint(policy.model, weights) == before
+    for parameter in weights.values():
+        with torch.no_grad():
+            old = parameter.view(-1)[-1].clone()
+            parameter.view(-1)[-1] += 1
+            assert fingerprint(policy.model, weights) != before
+            parameter.view(-1)[-1] = old
+    assert fingerprint(policy.model, weights) == before
+    assert fingerprint(policy.model.to(torch.bfloat16), weights) == before
 
 
 @pytest.mark.parametrize(

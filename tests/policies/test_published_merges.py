@@ -123,6 +123,24 @@ def test_an_adapter_of_another_base_is_refused_by_the_name_of_its_layer(tmp_path
         merge_checkpoints(base, tmp_path / "adapter", tmp_path / "merged")
 
 
+@pytest.mark.parametrize("changed", ["vision_backbone.featurizer.blocks.0.attn.qkv", "lm_head", "proprio_projector"])
+def test_an_adapter_of_other_weights_of_a_published_openvla_is_refused(changed, tmp_path):
+    base = published_folder(tmp_path / "base", OpenVLAOFTL1)
+    learned_adapter(OpenVLAOFTL1.load(base), tmp_path / "adapter")
+    merge_checkpoints(base, tmp_path / "adapter", tmp_path / "merged")
+    hits = 0
+    for file in sorted(base.glob("*.safetensors")):
+        tensors = load_file(file)
+        for name in (n for n in tensors if changed in f"{file.name}/{n}" and n.endswith("weight")):
+            hits += 1
+            tensors[name] *= 1.1
+        save_file(tensors, file, metadata={"format": "pt"})
+    assert hits
+    with pytest.raises(PerennialError, match=r"adapter was trained on other weights \(published\) than those in"):
+        merge_checkpoints(base, tmp_path / "adapter", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize(
     ("kind", "make", "published_as"),
     [("pi0", tiny_policy, published), ("smolvla", tiny_smolvla.tiny_policy, "model.{}".format)],
@@ -139,6 +157,8 @@ def test_a_learned_adapter_is_folded_into_lerobots_layout(kind, make, published_
     for name, weight in policy.acting_weights().items():
         torch.testing.assert_close(found[published_as(name)], weight, rtol=1e-6, atol=1e-6, msg=name)
     assert any(not torch.equal(found[name], tensors[name]) for name in found)
+    with pytest.raises(PerennialError, match="was trained on other weights"):
+        merge_checkpoints(tmp_path / "merged", tmp_path / "adapter", tmp_path / "twice")
 
 
 @pytest.mark.parametrize("kind", [OpenVLA, OpenVLAOFTL1])

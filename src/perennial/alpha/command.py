@@ -39,9 +39,9 @@ def command(options: Alpha, console: Console) -> None:
     """Sweep, write the page and the JSON beside it, and print a table and the command to merge with.
 
     Raises:
-        PerennialError: a folder, task, variant or number that cannot be used.
+        PerennialError: a folder, task, variant or number that cannot be used, or the page exists already.
     """
-    candidates, plan, target = _candidates(options), _plan(options), page.place(options.out)
+    candidates, plan, target = _candidates(options), _plan(options), _new_page(options.out)
     base = checkpoint_folder(str(options.base))
     pair = open_pair(options.policy, base, options.finetuned)
     with Progress(console=console, disable=options.json, transient=True) as progress:
@@ -65,6 +65,15 @@ def command(options: Alpha, console: Console) -> None:
         console.print(f"By the demonstrations' losses alone it would be alpha {taken}.", highlight=False)
     console.print(f"Merge with the best one:\n  {escape(found['command'])}", highlight=False, soft_wrap=True)
     console.print(f"Alpha: {escape(str(target))}", highlight=False, soft_wrap=True)
+
+
+def _new_page(out: Path) -> Path:
+    """`out`, checked before anything is played: hours of playing must not overwrite what an earlier sweep found."""
+    target = page.place(out)
+    for path in (target, target.with_suffix(".json")):
+        if path.exists():
+            raise PerennialError(f"{path} exists already; name another page by --out, nothing is overwritten.")
+    return target
 
 
 def _candidates(options: Alpha) -> list[Coefficients]:

@@ -17,10 +17,11 @@ from perennial import discovery
 from perennial.demonstrations.dataset import load, to_batch
 from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, race
-from perennial.merging.adapters import delta_weights, is_adapter, learned
+from perennial.merging.adapters import is_adapter, learned, open_adapter
 from perennial.merging.groups import Coefficients, by_name
 from perennial.merging.linear import interpolate
 from perennial.merging.state_dicts import require_same_tensors, shapes
+from perennial.policies._base_identity import sample
 from perennial.policies.base import Batch, Policy
 from perennial.randomness import stream
 from perennial.rollout.trajectory import Episode
@@ -58,10 +59,16 @@ def open_pair(policy: str, base: Path, finetuned: Path) -> Pair:
     start = kind.load(base)
     weights = start.acting_weights()
     if is_adapter(finetuned):
-        deltas = delta_weights(finetuned)
-        missing = [name for name in deltas if name not in weights]
-        if missing:
-            raise PerennialError(f"The adapter {finetuned} updates {missing[0]}, which the base {base} does not have.")
+        adapter = open_adapter(finetuned)
+        deltas = adapter.deltas
+        for name, layer in adapter.layers.items():
+            parameter = weights.get(f"{name}.weight")
+            if parameter is None or tuple(parameter.shape) != layer.shape:
+                raise PerennialError(
+                    f"The adapter {finetuned} updates {name}.weight of shape {list(layer.shape)}, which the base "
+                    f"{base} does not have; give the adapter's own base."
+                )
+        adapter.require_base({name: sample(weights[name]) for name in deltas}, base)
         end = {n: (w.float() + deltas[n]).to(w.dtype) if n in deltas else w for n, w in weights.items()}
     elif (finetuned / "config.json").is_file():
         end = dict(kind.load(finetuned).acting_weights())

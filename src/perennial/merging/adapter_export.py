@@ -130,12 +130,16 @@ def _require_fit(adapters: Sequence[Adapter], weights: Sequence[float], rank: in
         require_fraction(weight, "an adapter's weight", extrapolate=True)
     first = adapters[0]
     for other in adapters[1:]:
-        if other.base != first.base:
+        require_same_tensors(_shapes(first), _shapes(other), f"adapter {other.path}")
+        if not other.shares_base(first):
             raise PerennialError(
-                f"{other.path} was trained on {' '.join(other.base)}, but {first.path} on {' '.join(first.base)}; "
+                f"{other.path} was trained on {_origin(other)}, but {first.path} on {_origin(first)}; "
                 "only adapters of one base can be merged."
             )
-        require_same_tensors(_shapes(first), _shapes(other), f"adapter {other.path}")
+
+
+def _origin(adapter: Adapter) -> str:
+    return f"{adapter.base} (weights {adapter.recorded[:16]})" if adapter.recorded else adapter.base
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:

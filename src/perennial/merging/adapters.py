@@ -22,10 +22,13 @@ from perennial.errors import PerennialError
 from perennial.merging.places import places
 from perennial.merging.state_dicts import BLOCK, accumulator
 from perennial.merging.tensor_files import BlockReader, Checkpoint, Entry
+from perennial.policies._base_identity import SCHEME, identity, spans
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
+FORMER = "sha256:"
+"""Begins the record of earlier versions, a hash of all weights of the base as they lay in memory."""
 KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal"})
 """Named LoRA initialisations that leave the base weights alone (PiSSA, for example, does not)."""
 
@@ -77,10 +80,44 @@ class Adapter:
     layers: Mapping[str, Layer]
 
     @property
-    def base(self) -> tuple[str, ...]:
-        """What its base is known by: a hash of the weights where it was recorded, otherwise name and revision."""
-        name, revision = str(self.config.get("base_model_name_or_path")), str(self.config.get("revision"))
-        return (revision,) if revision.startswith("sha256:") else (name, revision)
+    def base(self) -> str:
+        """The name of its base."""
+        return str(self.config.get("base_model_name_or_path"))
+
+    @property
+    def recorded(self) -> str:
+        """What we wrote down of the weights of its base; empty for adapters made by others."""
+        revision = str(self.config.get("revision"))
+        return revision if revision.startswith((SCHEME, FORMER)) else ""
+
+    def shares_base(self, other: Adapter) -> bool:
+        """Whether both were trained on the same weights: by our records of them, by name where one has no such."""
+        mine, yours = self.recorded, other.recorded
+        if mine and yours and mine.partition(":")[0] == yours.partition(":")[0]:
+            return mine == yours
+        keys = ("base_model_name_or_path",) if mine or yours else ("base_model_name_or_path", "revision")
+        return all(self.config.get(key) == other.config.get(key) for key in keys)
+
+    def require_base(self, samples: Mapping[str, Tensor], path: Path) -> None:
+        """Check that the weights at `path` are those that the adapter was trained on, if that was recorded.
+
+        Args:
+            samples: of the weights that the adapter updates, by name, see `policies._base_identity`.
+            path: of the base, for the message.
+
+        Raises:
+            PerennialError: they are other ones.
+        """
+        if self.recorded.startswith(SCHEME) and self.recorded != identity(samples):
+            raise PerennialError(
+                f"The adapter {self.path} was trained on other weights ({self.base}) than those in {path}; "
+                "give its own base."
+            )
+
+    @property
+    def deltas(self) -> Mapping[str, Tensor]:
+        """Base parameter name -> the update scale * B A, float32, in the parameter's shape, computed when looked up."""
+        return _Deltas(self)
 
     def split(self, modules: Collection[str]) -> dict[str, dict[str, Layer]]:
         """The layers of each of `modules`, named within it, and under "" those that belong to none of them."""
@@ -171,14 +208,12 @@ class _Deltas(Mapping[str, Tensor]):
 
 
 def delta_weights(folder: Path) -> Mapping[str, Tensor]:
-    """Base parameter name -> the update scale * B A of a PEFT LoRA folder, float32, in the parameter's shape.
-
-    Each product is computed when it is looked up.
+    """`Adapter.deltas` of a PEFT LoRA folder.
 
     Raises:
         PerennialError: the folder is missing or damaged, or the adapter is more than products of two factors.
     """
-    return _Deltas(open_adapter(folder))
+    return open_adapter(folder).deltas
 
 
 class AdaptedCheckpoint:
@@ -199,6 +234,7 @@ class AdaptedCheckpoint:
         self.files = (adapter.path / WEIGHTS,)
         self.entries: Mapping[str, Entry] = base.entries
         self._base = base
+        self._ranges: dict[str, tuple[str, int, int]] = {}
         self._updates: dict[str, list[Update]] = {}
         layers = adapter.split(beside)[module]
         for name, place in places(base, {name: layer.shape[0] for name, layer in layers.items()}).items():
@@ -209,7 +245,16 @@ class AdaptedCheckpoint:
                     f"The adapter {adapter.path} updates {name}.weight of shape {list(layer.shape)}, but in the base "
                     f"{base.path} it is {'missing' if shape is None else list(shape)}; give the adapter's own base."
                 )
+            first, count = (place.row or 0) * math.prod(layer.shape[1:]), math.prod(layer.shape)
+            self._ranges[f"{name}.weight"] = (place.tensor, first, count)
             self._updates.setdefault(place.tensor, []).append((place.row or 0, layer))
+
+    def samples(self) -> dict[str, Tensor]:
+        """What the base is recognised by, see `policies._base_identity`: part of every weight that is updated."""
+        return {
+            name: self._base.numbers(tensor, [(first + start, first + stop) for start, stop in spans(count)])
+            for name, (tensor, first, count) in self._ranges.items()
+        }
 
     def reader(self) -> BlockReader:
         """Open the files."""

@@ -92,6 +92,7 @@ def merge_checkpoints(
     models = _open(base, [finetuned] if isinstance(finetuned, Path) else finetuned)
     names = models[0].entries
     beside = _modules_beside(models)
+    _require_own_base(models, beside)
     further = (f"{module}.{name}" for module, parts in beside.items() for name in parts[0].entries)
     every = coefficients((*names, *further), alpha, alpha_by_group or {}, groups, extrapolate=extrapolate)
     alphas = {name: every[name] for name in names}
@@ -176,6 +177,19 @@ def _modules_beside(models: Sequence[Model]) -> dict[str, list[Model]]:
         for part in found[module][1:]:
             require_same_tensors(_shapes(found[module][0]), _shapes(part), f"model {part.path}")
     return found
+
+
+def _require_own_base(models: Sequence[Model], beside: Mapping[str, Sequence[Model]]) -> None:
+    """Check that adapters were trained on this base."""
+    for of_module in zip(models, *beside.values(), strict=True):
+        parts = [part for part in of_module if isinstance(part, AdaptedCheckpoint)]
+        if parts:
+            samples = {
+                f"{module}.{name}" if module else name: numbers
+                for module, part in zip(("", *beside), parts, strict=True)
+                for name, numbers in part.samples().items()
+            }
+            parts[0].adapter.require_base(samples, models[0].path)
 
 
 def _named_files(folder: Path) -> dict[str, Path]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,16 @@ class Checkpoint:
     def plain_reader(self) -> BlockReader:
         """Open the files to read them without hashing on the way."""
         return _Reader(self, hashing=False)
+
+    def numbers(self, name: str, spans: Sequence[tuple[int, int]]) -> Tensor:
+        """The elements [start, stop) of the flattened tensor, span after span, without reading the others."""
+        entry, found = self.entries[name], bytearray()
+        size = entry.type.itemsize
+        with entry.file.open("rb") as stream:
+            for start, stop in spans:
+                stream.seek(entry.start + start * size)
+                found += stream.read((stop - start) * size)
+        return torch.frombuffer(found, dtype=entry.type)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

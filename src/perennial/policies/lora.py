@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -12,9 +11,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from perennial.errors import PerennialError, unknown
+from perennial.policies._base_identity import SCHEME, identity, sample
 from perennial.policies._tensors import write_tensors
 from perennial.randomness import integer_seed
 
@@ -165,12 +166,14 @@ def save_adapter(policy: Policy, folder: Path, base: str) -> None:
     Args:
         policy: with an adapter.
         folder: is created.
-        base: name or path of the base checkpoint, for people; `revision` records a hash of its weights.
+        base: name or path of the base checkpoint, for people; `revision` records what its weights are recognised by.
     """
     peft = _peft()
     folder.mkdir(parents=True, exist_ok=True)
     config: Any = policy.model.peft_config["default"]  # type: ignore[union-attr,index]
-    config.revision = config.revision or fingerprint(policy.model)  # once: the base is frozen
+    if not str(config.revision).startswith(SCHEME):  # once: the base is frozen
+        adapted = {base_name(name) for name, _ in policy.model.named_parameters() if ".lora_" in name}
+        config.revision = fingerprint(policy.model, adapted)
     content = config.to_dict() | {"base_model_name_or_path": base, "inference_mode": True}
     text = json.dumps(content, indent=2, sort_keys=True, default=sorted)  # sets become sorted lists
     (folder / "adapter_config.json").write_text(text + "\n")
@@ -181,33 +184,45 @@ def save_adapter(policy: Policy, folder: Path, base: str) -> None:
 def load_adapter(policy: Policy, folder: Path) -> None:
     """Replace the policy's adapter, if it has one, by the one in `folder`; its parameters learn.
 
+    The base is compared with the one that `save_adapter` recorded; adapters made by others have no such record.
+
     Raises:
         PerennialError: the folder is missing or truncated, or its adapter was trained on another base.
     """
     peft = _peft()
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-        base, revision = config["base_model_name_or_path"], config["revision"]
+        base, revision = config["base_model_name_or_path"], str(config.get("revision"))
     except (OSError, ValueError, KeyError) as error:
         raise PerennialError(f"{folder} is not an adapter folder ({error!r}); choose another one.") from error
-    if revision != fingerprint(policy.model):
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
+            adapted = {base_name(name) for name in stored.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    if revision.startswith(SCHEME) and revision != fingerprint(policy.model, adapted):
         raise PerennialError(f"The adapter in {folder} was trained on other weights ({base}); load that base first.")
     if is_wrapped(policy.model):
         policy.model = policy.model.unload()  # type: ignore[operator]
     try:
         policy.model = peft.PeftModel.from_pretrained(policy.model, folder, is_trainable=True).eval()
-    except Exception as error:  # safetensors and PEFT raise what they like about a broken file
-        raise PerennialError(f"The adapter in {folder} cannot be read ({error}); copy the folder again.") from error
+    except Exception as error:  # PEFT raises what it likes about a folder that it cannot use
+        raise _unreadable(folder, error) from error
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A hash of the base weights, which an adapter does not change."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted((base_name(n), p) for n, p in model.named_parameters() if ".lora_" not in n):
-        values = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-        digest.update(f"{name}{list(parameter.shape)}".encode())
-        digest.update(values.numpy().data)
-    return f"sha256:{digest.hexdigest()}"
+def _unreadable(folder: Path, error: Exception) -> PerennialError:
+    return PerennialError(f"The adapter in {folder} cannot be read ({error}); copy the folder again.")
+
+
+def fingerprint(model: nn.Module, names: Collection[str]) -> str:
+    """What the base is recognised by, see `_base_identity.identity`; an adapter does not change it.
+
+    Args:
+        model: with or without an adapter.
+        names: of the base parameters that the adapter updates.
+    """
+    base = ((base_name(name), p) for name, p in model.named_parameters() if ".lora_" not in name)
+    return identity({name: sample(parameter) for name, parameter in base if name in names})
 
 
 def _peft() -> ModuleType:
