@@ -258,16 +258,16 @@ class Pretrain:
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge fine-tuned checkpoints or adapters into the base they came from, tensor by tensor."""
+    """Merge fine-tuned checkpoints or adapters into the base they came from, or one adapter into another one."""
 
     base: Positional[Path]
-    """Pretrained checkpoint; everything but the weights is copied from it."""
+    """Pretrained checkpoint, from which everything but the weights is copied; or an adapter, to make an adapter."""
     finetuned: Positional[tuple[Path, ...]]
     """Fine-tuned checkpoints, PEFT adapter folders, or tasks/NN-NAME of runs."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder of the merged checkpoint; it must not exist."""
+    """Folder of the merged checkpoint or adapter; it must not exist."""
     method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare"] = "linear"
-    """How to merge."""
+    """How to merge; linear and slerp take one fine-tuned model, the others several."""
     alpha: float = 0.8
     """Weight of what the fine-tuning changed, from 0 (base) to 1 (fine-tuned)."""
     vision: Annotated[float | None, tyro.conf.arg(name="alpha.vision")] = None
@@ -278,22 +278,20 @@ class Merge:
     """Alpha of the action parameters, where it differs."""
     extrapolate: bool = False
     """Allow an alpha outside 0 to 1."""
+    density: float = 0.2
+    """Share of what was changed that ties keeps."""
+    drop: float = 0.9
+    """Share of what was changed that dare drops."""
+    seed: int = 0
+    """Names the random streams of what dare drops."""
+    rank: int = 0
+    """Rank of a merged adapter, with an error that is told; 0 keeps all ranks side by side, which is exact."""
 
     def __call__(self) -> None:
         """Merge."""
-        from perennial.merging.checkpoints import merge_checkpoints
+        from perennial.merging import command
 
-        groups = {"vision": self.vision, "language": self.language, "action": self.action}
-        merge_checkpoints(
-            self.base,
-            self.finetuned,
-            self.out,
-            method=self.method,
-            alpha=self.alpha,
-            alpha_by_group={group: alpha for group, alpha in groups.items() if alpha is not None},
-            extrapolate=self.extrapolate,
-        )
-        console.print(f"Merged checkpoint: {escape(str(self.out))}", highlight=False, soft_wrap=True)
+        command.command(self, console)
 
 
 @dataclass(frozen=True)

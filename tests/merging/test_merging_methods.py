@@ -295,7 +295,7 @@ def test_the_result_has_the_base_s_types():
 @pytest.mark.parametrize(
     ("merge", "message"),
     [
-        (lambda b, f: linear(b, f, 1.2), r"alpha is 1.2, but it must lie in \[0, 1\]; allow extrapolation"),
+        (lambda b, f: linear(b, f, 1.2), r"alpha is 1.2, but it must lie in \[0, 1\]; beyond it"),
         (lambda b, f: linear(b, f, -0.1), "alpha is -0.1"),
         (lambda b, f: linear(b, f, math.nan, extrapolate=True), "alpha is nan"),
         (lambda b, f: slerp(b, f, 2), "alpha is 2"),

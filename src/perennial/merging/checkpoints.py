@@ -98,7 +98,8 @@ def merge_checkpoints(
     alphas = {name: every[name] for name in names}
     settings = Settings(_mergeable(alphas, models), len(models) - 1, density, drop, seed)
     copied, left_out = _companions(models[0])
-    require_space(out, sum(map(_size, (*models[0].files, *copied))))
+    written = [*models[0].files, *(file for parts in beside.values() for file in parts[0].files)]
+    require_space(out, sum(map(_size, (*written, *copied))))
     with Merge(models, method, settings, alphas) as merge, whole_folder(out) as folder:
         _copy(copied, folder)
         hashes = merge.write(folder, on_progress or (lambda done, total: None))
@@ -142,7 +143,7 @@ def _report(
 
 def _open(base: Path, finetuned: Sequence[Path]) -> list[Model]:
     if is_adapter(base):
-        raise PerennialError(f"{base} is an adapter, not a model; merge adapters with each other by merge_adapters.")
+        raise PerennialError(f"{base} is an adapter, not a model; `merge_adapters` merges adapters with each other.")
     first = open_checkpoint(base)
     models: list[Model] = [first]
     beside = _named_files(base)

@@ -51,7 +51,7 @@ def require_fraction(value: float, name: str, extrapolate: bool = False) -> None
     if not math.isfinite(value):
         raise PerennialError(f"{name} is {value}, but it must be a finite number.")
     if not extrapolate and not 0 <= value <= 1:
-        raise PerennialError(f"{name} is {value}, but it must lie in [0, 1]; allow extrapolation to go beyond.")
+        raise PerennialError(f"{name} is {value}, but it must lie in [0, 1]; beyond it goes only with --extrapolate.")
 
 
 def shapes(state: StateDict) -> dict[str, tuple[int, ...]]:
