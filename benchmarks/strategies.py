@@ -29,7 +29,7 @@ from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, start_workers
-from perennial.strategies._composition import Strategies
+from perennial.strategies import Strategies
 from perennial.strategies.base import Strategy
 from perennial.strategies.dark_replay import DarkReplay
 from perennial.strategies.ewc import EWC

@@ -9,7 +9,7 @@ from perennial.errors import LearningError
 from perennial.learning.base import gradient_step
 from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
-from perennial.strategies._composition import Strategies
+from perennial.strategies import Strategies
 from perennial.strategies.base import Strategy
 from perennial.strategies.dark_replay import DarkReplay
 from perennial.strategies.ewc import EWC

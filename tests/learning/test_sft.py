@@ -11,7 +11,7 @@ from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.learning.sft import SFT
-from perennial.strategies._composition import Strategies
+from perennial.strategies import Strategies
 from perennial.testing.toy import ToyPolicy, ToySuite
 
 TOY = "perennial.testing.toy"

@@ -3,7 +3,7 @@ import torch
 
 from perennial.errors import PerennialError
 from perennial.policies.lora import set_trainable
-from perennial.strategies._composition import Strategies
+from perennial.strategies import Strategies
 from perennial.strategies._weights import snapshot
 from perennial.strategies.ema import EMA
 from perennial.strategies.merge import Merge

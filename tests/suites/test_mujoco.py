@@ -18,6 +18,7 @@ def machine(monkeypatch):
     def describe(libraries, gpu):
         monkeypatch.setenv("MUJOCO_GL", "")  # remembered, so that what is chosen does not reach other tests
         monkeypatch.delenv("MUJOCO_GL")
+        monkeypatch.delitem(sys.modules, "mujoco", raising=False)
         monkeypatch.setattr(_mujoco, "_loadable", lambda backend: backend in libraries)
         monkeypatch.setattr(_mujoco.Path, "exists", lambda path: gpu and str(path) == "/dev/nvidia0")
 
@@ -64,6 +65,20 @@ def test_a_painter_that_cannot_draw_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco", mujoco)
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     with pytest.raises(PerennialError, match=r"cannot draw with MUJOCO_GL=glfw \(no display\); .* unset MUJOCO_GL"):
+        Painter(model, "front", 64, fast=True)
+
+
+def test_a_mujoco_that_was_imported_before_has_chosen_itself(machine, monkeypatch):
+    machine({"egl", "osmesa"}, True)
+    mujoco, model = MagicMock(), MagicMock()
+    mujoco.Renderer.side_effect = RuntimeError("no display")
+    model.vis.global_.offwidth = model.vis.global_.offheight = 64
+    monkeypatch.setitem(sys.modules, "mujoco", mujoco)
+    assert choose_gl() == "glfw"
+    assert "MUJOCO_GL" not in os.environ
+    with pytest.raises(
+        PerennialError, match=r"\(no display\), because it was imported before .* MUJOCO_GL to osmesa or egl"
+    ):
         Painter(model, "front", 64, fast=True)
 
 

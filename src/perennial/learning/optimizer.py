@@ -10,7 +10,7 @@ from torch import nn
 
 from perennial.errors import PerennialError
 from perennial.policies.base import Policy
-from perennial.strategies._composition import Strategies
+from perennial.strategies import Strategies
 from perennial.strategies.base import ParameterGroup
 
 MOST_ROWS = 256

@@ -1,1 +1,5 @@
 """Remembering: methods against forgetting, one file each; they compose as a list."""
+
+from perennial.strategies._composition import Strategies
+
+__all__ = ["Strategies"]

@@ -6,6 +6,7 @@ import atexit
 import ctypes
 import ctypes.util
 import os
+import sys
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def choose_gl() -> str:
     """Choose how MuJoCo draws, and tell it by the environment variable MUJOCO_GL; to be called before importing it.
 
     A value that is already set is respected if MuJoCo can draw with it. A machine with a GPU device node uses EGL if
-    it can; any other uses the software renderer OSMesa if it can.
+    it can; any other uses the software renderer OSMesa if it can. A MuJoCo that was imported before has chosen itself.
 
     Raises:
         PerennialError: there is no OpenGL library that can draw without a display, or not the one asked for.
@@ -53,6 +54,8 @@ def choose_gl() -> str:
                 f"MUJOCO_GL is {chosen!r}, but there is no {_LIBRARIES[backend][1]}; install it or unset MUJOCO_GL."
             )
         return chosen
+    if "mujoco" in sys.modules:
+        return "glfw"
     gpu = any(Path(node).exists() for node in ("/dev/nvidia0", "/dev/dri"))
     for backend in ("egl", "osmesa") if gpu else ("osmesa", "egl"):
         if _loadable(backend):
@@ -61,6 +64,18 @@ def choose_gl() -> str:
     raise PerennialError(
         "No OpenGL library that can draw without a display was found, so MuJoCo cannot make images: "
         "install the Debian package libosmesa6 (`apt-get install libosmesa6`)."
+    )
+
+
+def _cannot_draw(error: Exception) -> str:
+    if backend := os.environ.get("MUJOCO_GL"):
+        return (
+            f"MuJoCo cannot draw with MUJOCO_GL={backend} ({error}); "
+            "install the Debian package libosmesa6 or unset MUJOCO_GL."
+        )
+    return (
+        f"MuJoCo cannot draw without a display ({error}), because it was imported before Perennial could choose how; "
+        "set the environment variable MUJOCO_GL to osmesa or egl before Python starts, or import it later."
     )
 
 
@@ -92,10 +107,7 @@ class Painter:
         try:
             self._renderer = mujoco.Renderer(model, size, size)
         except Exception as error:  # the OpenGL layers raise errors of many unrelated types
-            raise PerennialError(
-                f"MuJoCo cannot draw with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}); "
-                "install the Debian package libosmesa6 or unset MUJOCO_GL."
-            ) from error
+            raise PerennialError(_cannot_draw(error)) from error
         if fast:
             flag = mujoco.mjtRndFlag
             for off in (flag.mjRND_SHADOW, flag.mjRND_REFLECTION, flag.mjRND_SKYBOX):

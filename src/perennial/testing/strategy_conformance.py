@@ -30,7 +30,7 @@ from perennial.policies.lora import LoRA, add_adapter
 from perennial.randomness import stream
 from perennial.rollout.collect import Environments, play
 from perennial.rollout.trajectory import Episode, Trajectory
-from perennial.strategies._composition import Strategies
+from perennial.strategies import Strategies
 from perennial.strategies.base import Strategy
 from perennial.suites.base import Task
 from perennial.testing.toy import ToyPolicy, ToySuite
