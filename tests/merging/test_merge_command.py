@@ -5,15 +5,17 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from merging.models import assert_same, read, weights, write
 from perennial.cli import main
+from perennial.config import checkpoint_folder
 from perennial.merging.adapters import delta_weights
 from perennial.merging.dare import dare
 from perennial.merging.linear import linear
 from perennial.merging.ties import ties
 from perennial.policies.lora import LoRA, add_adapter, save_adapter
+from perennial.policies.openvla_oft import OpenVLAOFT
 from perennial.testing.toy import ToyPolicy
 from strategies.worlds import shake
 
@@ -61,6 +63,23 @@ def test_alpha_and_its_groups_reach_the_merge_and_are_told(pair, tmp_path, capsy
 def test_without_options_it_is_the_papers_alpha_of_everything(pair, tmp_path):
     merge(*pair, "-o", tmp_path / "out")
     assert_same(read(tmp_path / "out"), linear(weights(1), weights(2), 0.8))
+
+
+def test_a_merge_into_a_base_of_ours_is_a_checkpoint_that_runs_and_evaluations_take(tmp_path):
+    """The base's manifest vouches for other weights, and what the base could do says nothing about the merged model."""
+    base = checkpoint_folder("bundled:metaworld-small")
+    tuned = {name: tensor + 1 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    merge("bundled:metaworld-small", tmp_path / "tuned.safetensors", "-o", tmp_path / "out", "--alpha", 0.5)
+    out = checkpoint_folder(str(tmp_path / "out"))
+    assert {path.name for path in out.iterdir()} == {
+        *(path.name for path in base.iterdir() if path.name not in ("manifest.json", "pretraining.json")),
+        "merge_provenance.json",
+    }
+    stored = read(out)
+    assert_same(stored, linear(load_file(base / "model.safetensors"), tuned, 0.5))
+    for name, tensor in OpenVLAOFT.load(out).acting_weights().items():
+        assert torch.equal(tensor, stored[name].float())
 
 
 def test_the_settings_of_ties_and_dare_reach_the_merge(pair, tmp_path):

@@ -1,6 +1,7 @@
 """Merging published checkpoints by group: what is loaded from the result, against the groups of the policy."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -121,6 +122,17 @@ def test_an_adapter_of_another_base_is_refused_by_the_name_of_its_layer(tmp_path
     next(base.glob("proprio_projector--*")).unlink()
     with pytest.raises(PerennialError, match=r"updates proprio_projector\.fc1\.weight of shape \[32, 3\], .* missing"):
         merge_checkpoints(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_modules_in_files_of_their_own_need_room_too(tmp_path, monkeypatch):
+    base = published_folder(tmp_path / "base", OpenVLAOFTL1)
+    size = sum(file.stat().st_size for file in base.rglob("*") if file.is_file())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
+    with pytest.raises(PerennialError, match=r"needs .* GB, but .* free"):
+        merge_checkpoints(base, base, tmp_path / "merged")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+    merge_checkpoints(base, base, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("changed", ["vision_backbone.featurizer.blocks.0.attn.qkv", "lm_head", "proprio_projector"])

@@ -28,6 +28,9 @@ PROVENANCE = "merge_provenance.json"
 OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".onnx", ".gguf"})
 """Weights in formats that are not merged: a copy of the base's would be mistaken for the merged model's."""
 
+ABOUT_THE_BASE = frozenset({"manifest.json", "pretraining.json"})
+"""Hashes of the base's files and what it was measured to do, neither of which holds for the merged model."""
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -70,7 +73,7 @@ def merge_checkpoints(
     """Merge fine-tuned checkpoints into the base they came from and write the result to the new folder `out`.
 
     Args:
-        base: pretrained model, a folder or a safetensors file; everything but the weights is copied from it.
+        base: pretrained model, a folder or a safetensors file; configuration, processor and statistics are copied.
         finetuned: model fine-tuned from it, or several for "task_arithmetic", "ties" and "dare". A PEFT LoRA folder,
             or a folder with one called `adapter` in it, stands for the base with that adapter merged in.
         out: must not exist; it appears when the merge is complete.
@@ -206,7 +209,7 @@ def _companions(model: Model) -> tuple[list[Path], tuple[str, ...]]:
     """What lies beside the weights: files and folders to copy, and names of weights in other formats to leave out."""
     if model.path.is_file():
         return [], ()
-    written = {*model.files, *_named_files(model.path).values()}
+    written = {*model.files, *_named_files(model.path).values(), *(model.path / name for name in ABOUT_THE_BASE)}
     beside = [p for p in sorted(model.path.iterdir()) if p not in written and not p.name.startswith(".")]
     left_out = tuple(path.name for path in beside if path.suffix in OTHER_WEIGHTS)
     return [p for p in beside if p.name not in left_out], left_out

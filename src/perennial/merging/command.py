@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.progress import Progress
 
+from perennial.config import SCHEMES, checkpoint_folder
 from perennial.errors import PerennialError
 from perennial.merging.adapter_export import merge_adapters
 from perennial.merging.adapters import is_adapter, learned
@@ -28,7 +30,8 @@ def command(options: Merge, console: Console) -> None:
     """
     own = {group: getattr(options, group) for group in GROUPS}
     by_group = {group: alpha for group, alpha in own.items() if alpha is not None}
-    if is_adapter(learned(options.base)):
+    base, *finetuned = map(_folder, (options.base, *options.finetuned))
+    if is_adapter(learned(base)):
         _adapters(options, bool(by_group), console)
         return
     if options.rank:
@@ -36,8 +39,8 @@ def command(options: Merge, console: Console) -> None:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("merging", total=None)
         report = merge_checkpoints(
-            options.base,
-            options.finetuned,
+            base,
+            finetuned,
             options.out,
             method=options.method,
             alpha=options.alpha,
@@ -53,6 +56,11 @@ def command(options: Merge, console: Console) -> None:
     if report.left_out:
         _say(console, f"Left out, as they hold weights in another format: {', '.join(report.left_out)}.")
     _say(console, f"Merged checkpoint: {options.out}")
+
+
+def _folder(path: Path) -> Path:
+    """`path`, or the folder that a name such as bundled:metaworld-small stands for."""
+    return checkpoint_folder(str(path)) if str(path).startswith(SCHEMES) else path
 
 
 def _adapters(options: Merge, grouped: bool, console: Console) -> None:
