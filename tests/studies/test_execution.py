@@ -93,6 +93,25 @@ def test_an_interrupted_study_goes_on_and_ends_with_the_same_numbers(done, tmp_p
         assert one[key] == two[key]
 
 
+def test_a_killed_study_leaves_no_run_at_work(done, tmp_path):
+    folder = tmp_path / "toy"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "study.json").write_bytes((done / "study.json").read_bytes())
+    for name in ("base", "demos"):
+        (folder / name).symlink_to(done / name)
+    study = command(folder, "--methods", "l2", "--seeds", "0", "--jobs", "1")
+    metrics = folder / "runs" / "l2" / "seed0" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    runs = psutil.Process(study.pid).children()
+    study.kill()
+    study.wait()
+    gone, alive = psutil.wait_procs(runs, timeout=30)
+    assert gone
+    assert not alive
+
+
 def test_what_is_done_is_not_run_again(done):
     before = (done / "runs" / "l2" / "seed0.log").stat().st_mtime_ns
     again = command(done)
@@ -153,7 +172,7 @@ def test_a_damaged_study_file_or_number_of_jobs_is_a_sentence(tmp_path, capsys):
 def test_a_preparation_that_was_interrupted_is_made_again(tmp_path, monkeypatch):
     made = []
 
-    def run(command, check):
+    def run(command, check, preexec_fn):
         made.append(command[3])
         return subprocess.CompletedProcess(command, 0)
 
@@ -168,7 +187,7 @@ def test_a_preparation_that_was_interrupted_is_made_again(tmp_path, monkeypatch)
 def test_what_was_prepared_by_another_command_is_refused(tmp_path, monkeypatch):
     made = []
 
-    def run(command, check):
+    def run(command, check, preexec_fn):
         made.append(command[3])
         (tmp_path / made[-1]).mkdir()
         (tmp_path / made[-1] / "manifest.json").write_text("{}")

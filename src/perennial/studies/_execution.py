@@ -1,11 +1,12 @@
 """Runs a study's grid: as many runs at once as there are processor cores, each an ordinary `perennial run` process.
 
 What has a result is skipped, what was interrupted is resumed. Every run has one core to itself, so its numbers do not
-depend on how many run beside it.
+depend on how many run beside it. However a study ends, its runs end with it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shlex
@@ -35,6 +36,9 @@ from perennial.studies import _results
 from perennial.studies.base import FOLDER, Entry, Preparation, Study, without_place
 
 POLL_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1
+"""Of Linux' <linux/prctl.h>: the signal that a process gets when its parent is gone."""
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass
@@ -98,7 +102,8 @@ def _prepare(study: Study, folder: Path, missing: Sequence[Entry], console: Cons
             continue
         arguments = [part.replace(FOLDER, str(folder)) for part in preparation.arguments]
         console.print(f"Preparing {preparation.path}", highlight=False)
-        if subprocess.run([sys.executable, "-m", "perennial", *arguments], check=False).returncode:
+        command = [sys.executable, "-m", "perennial", *arguments]
+        if subprocess.run(command, check=False, preexec_fn=_end_with_parent).returncode:
             raise PerennialError(
                 f"Preparing {preparation.path} failed; see above, and repeat the command to try again."
             )
@@ -180,11 +185,17 @@ def _start(folder: Path, entry: Entry, core: int, progress: Progress) -> _Job:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches it through us, once
+                preexec_fn=_end_with_parent,
             )
     finally:
         os.sched_setaffinity(0, everything)
     bar = progress.add_task(escape(entry.name), total=1.0, completed=0, before=0.0)
     return _Job(entry, core, process, bar, resumed)
+
+
+def _end_with_parent() -> None:
+    """In a new process: be killed when the study is, so that repeating the command finds no run still at work."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _check_same(run: Path, folder: Path, entry: Entry) -> None:
