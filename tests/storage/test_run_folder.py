@@ -44,10 +44,24 @@ def test_a_new_run_says_what_it_is(tmp_path):
         "format": 1,
         "perennial": "0.1.0",
         "preset": "demo",
+        "path": str(tmp_path / "runs" / "r"),
         "config": CONFIG,
         "environment": {"torch": "2.13.0"},
     }
     assert RunFolder.open(tmp_path / "runs" / "r").header == content
+
+
+def test_a_run_finds_again_what_was_moved_with_it(tmp_path):
+    study, elsewhere = tmp_path / "study", tmp_path / "elsewhere"
+    for folder in (study / "base", elsewhere):
+        folder.mkdir(parents=True)
+    checkpoint, gone = str(study / "base"), str(study / "gone")
+    config = {"policy": {"checkpoint": checkpoint}, "recipe": [{"a": str(elsewhere), "b": gone, "c": "bundled:x"}]}
+    RunFolder.create(study / "runs" / "l2" / "seed0", "demo", config, {}).close()
+    study.rename(tmp_path / "archive")
+    found = RunFolder.open(tmp_path / "archive" / "runs" / "l2" / "seed0").header["config"]
+    assert found["policy"]["checkpoint"] == str(tmp_path / "archive" / "base")
+    assert found["recipe"] == [{"a": str(elsewhere), "b": gone, "c": "bundled:x"}]
 
 
 def test_a_folder_with_anything_in_it_is_refused_and_left_as_it_is(tmp_path):

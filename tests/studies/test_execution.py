@@ -13,6 +13,7 @@ import psutil
 import pytest
 from rich.console import Console
 
+from perennial import config as configuration
 from perennial.cli import main
 from perennial.errors import PerennialError
 from perennial.evaluation.success_matrix import SuccessMatrix
@@ -167,6 +168,19 @@ def test_a_damaged_study_file_or_number_of_jobs_is_a_sentence(tmp_path, capsys):
         main(["study", "toyhouse.study", "-o", str(tmp_path / "new"), "--jobs", "-1"])
     assert "--jobs is -1" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_unfinished_run_of_a_study_that_was_moved_is_still_its_own(tmp_path):
+    entry, folder = Entry(STUDY, "l2", "given", 0), tmp_path / "new"
+    settings = json.dumps(configuration.to_json(entry.config())).replace("{folder}", str(tmp_path / "old"))
+    run = tmp_path / "old" / "runs" / entry.name
+    RunFolder.create(run, "toyhouse.preset", json.loads(settings), {}).close()
+    (tmp_path / "old" / "base").mkdir()
+    (tmp_path / "old").rename(folder)
+    _execution._check_same(folder / "runs" / entry.name, folder, entry)
+    (folder / "base").rmdir()
+    with pytest.raises(PerennialError, match="other settings"):
+        _execution._check_same(folder / "runs" / entry.name, folder, entry)
 
 
 def test_a_preparation_that_was_interrupted_is_made_again(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ class RunFolder:
         run._lock = lock.acquire(path)
         try:
             content = {"format": FORMAT, "perennial": perennial.__version__, "preset": preset}
+            content["path"] = str(path.absolute())
             atomic.write_json(path / "run.json", content | {"config": config, "environment": environment})
         except BaseException:
             run.close()
@@ -140,7 +142,10 @@ class RunFolder:
 
     @functools.cached_property
     def header(self) -> dict[str, Any]:
-        """The content of run.json: format, perennial, preset, config, environment.
+        """The content of run.json: format, perennial, preset, path, config, environment.
+
+        In a run that was moved or copied together with what it reads, such as a whole study, the config names what
+        lies there now.
 
         Raises:
             PerennialError: it is missing or damaged.
@@ -149,7 +154,8 @@ class RunFolder:
         try:
             content = json.loads(path.read_bytes())
             if isinstance(content, dict):
-                return content
+                found: dict[str, Any] = _found_again(content, content.get("path"), self.path.absolute())
+                return found
         except (FileNotFoundError, NotADirectoryError):
             raise PerennialError(
                 f"{self.path} is not a run folder: it has no run.json; give the folder of a run, "
@@ -301,3 +307,17 @@ class RunFolder:
     def _numbers(self) -> list[int]:
         """Numbers of the commit folders, whole or not, ascending."""
         return sorted(int(folder.name) for folder in (self.path / "commits").glob("[0-9]*") if folder.name.isdigit())
+
+
+def _found_again(value: Any, begun: str | None, here: Path) -> Any:
+    """`value` with paths that lie from the run's place `here` as they lay from the one where it had `begun`."""
+    if begun in (None, str(here)):
+        return value
+    if isinstance(value, dict):
+        return {key: _found_again(item, begun, here) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_found_again(item, begun, here) for item in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        moved = os.path.normpath(here / os.path.relpath(value, begun))
+        return moved if Path(moved).exists() else value
+    return value
