@@ -7,6 +7,7 @@ from perennial.strategies import Strategies
 from perennial.strategies._weights import snapshot
 from perennial.strategies.ema import EMA
 from perennial.strategies.merge import Merge
+from perennial.strategies.retain import Retain
 from strategies.worlds import TASKS, no_episodes, policy, shake
 
 
@@ -36,6 +37,19 @@ def test_merging_after_averaging_merges_the_average():
     for name, parameter in learner.trainable().items():
         moved = averaged.trainable()[name] - start[name]
         torch.testing.assert_close(parameter, start[name] + 0.125 * moved)
+
+
+def test_the_average_begins_where_a_later_strategy_lets_the_task_begin():
+    learner, both = policy(), Strategies((EMA(decay=0.5), Retain(chain="parallel")))
+    base = snapshot(learner)
+    both.before_task(TASKS["left"], learner)
+    shake(learner, 3)
+    both.after_task(TASKS["left"], learner, no_episodes)
+    shake(learner, 4)
+    both.before_task(TASKS["up"], learner)
+    average = both.members[0].state_dict()
+    for name, value in base.items():
+        torch.testing.assert_close(average[f"average/{name}"], value, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1])

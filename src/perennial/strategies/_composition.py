@@ -17,13 +17,17 @@ from perennial.suites.base import Task
 
 @dataclass(frozen=True)
 class Strategies:
-    """What the training loop talks to. Penalties and replay losses add up; groups and adapters have one owner."""
+    """What the training loop talks to. Penalties and replay losses add up; groups and adapters have one owner.
+
+    A task is begun from the last member to the first and ended from the first to the last, so that members see the
+    weights that the task really starts from, and later ones go on with what earlier ones made.
+    """
 
     members: tuple[Strategy, ...] = ()
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """See `Strategy.before_task`."""
-        for member in self.members:
+        for member in reversed(self.members):
             member.before_task(task, policy)
 
     def parameter_groups(self, policy: Policy) -> Sequence[ParameterGroup] | None:

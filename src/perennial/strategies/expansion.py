@@ -19,9 +19,9 @@ from perennial.suites.base import Task
 class Expansion(Strategy):
     """Each task is learned from the base, and acts with exactly the weights it was left with.
 
-    Nothing is ever forgotten and nothing carries over (NBT and FWT are 0 by construction), which makes it a measure
-    of what the other strategies gain by sharing; it has to be told the task. One adapter is kept per task; without an
-    adapter, one whole policy.
+    Nothing is ever forgotten and nothing carries over (NBT is 0 by construction, and FWT where the base acts in tasks
+    not yet taught), which makes it a measure of what the other strategies gain by sharing; it has to be told the task.
+    One adapter is kept per task; without an adapter, one whole policy. List it after strategies that change weights.
 
     Attributes:
         held_out: what acts in tasks that have not been taught: the base, the last adapter learned, or the one whose
