@@ -95,6 +95,22 @@ def test_choices_by_name_come_before_their_settings_and_keep_what_was_set():
     assert overrides.apply(config, {"strategies": "none"}).strategies == ()
 
 
+def test_stages_of_the_same_name_are_told_apart_by_their_number():
+    changes = {
+        "recipe.2.optimizer.learning_rate": "0.5",
+        "recipe.2.iterations": "7",
+        "recipe.grpo.iterations": "3",
+        "recipe": "grpo,sft,grpo",
+        "recipe.3.learns": "action",
+        "recipe.3.iterations": "4",
+    }
+    first, second, third = overrides.apply(BASE, changes).recipe
+    assert [stage.iterations for stage in (first, second, third)] == [3, 7, 4]
+    assert second.optimizer.learning_rate == 0.5 != first.optimizer.learning_rate
+    assert (first.learns, third.learns) == (GRPO().learns, ("action",))
+    assert round_trip(overrides.apply(BASE, changes)).recipe == (first, second, third)
+
+
 def test_tuples_and_choices_are_parsed():
     config = overrides.apply(
         BASE,
@@ -122,6 +138,7 @@ def test_tuples_and_choices_are_parsed():
         ("strategies.ewc.coeff", "1", r"Did you mean --strategies\.ewc\.coefficient"),
         ("strategies", "ewcc", r"no strategy 'ewcc'\. Did you mean ewc"),
         ("recipe", "gpro", r"no recipe 'gpro'\. Did you mean grpo"),
+        ("recipe.2.groups", "1", r"'2' is not chosen; count from 1 to 1 in --recipe, which is grpo"),
         ("recipe.ppo.groups", "1", r"'ppo' is not chosen; add it to --recipe, which is grpo"),
         (
             "recipe.grpo",

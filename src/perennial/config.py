@@ -2,7 +2,8 @@
 
 `resolve("demo", {"seed": "1", "recipe.grpo.groups": "8", "strategies": "ewc"})` is how the command line makes one.
 Pieces that come in kinds are chosen by name (`--policy.name`, `--recipe grpo`, `--strategies ewc,replay`) and their
-own settings are reached through that name (`--strategies.ewc.coefficient 10`).
+own settings are reached through that name (`--strategies.ewc.coefficient 10`). A number in place of the name, counted
+from 1, means one of several stages of the same kind (`--recipe grpo,grpo --recipe.2.iterations 4`).
 """
 
 from __future__ import annotations

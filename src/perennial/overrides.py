@@ -20,9 +20,10 @@ KINDS = {"recipe": "learning", "strategies": "strategies"}
 
 
 def apply(config: Any, overrides: Mapping[str, str]) -> Any:
-    """`config` with each dotted path set to the value that its text stands for; choices by name come first.
+    """`config` with each dotted path set to the value that its text stands for.
 
-    A setting of something that `config` leaves out, such as an adapter, puts it in.
+    Choices by name come first, and settings of a part by its number after those by its name. A setting of something
+    that `config` leaves out, such as an adapter, puts it in.
 
     Raises:
         PerennialError: an unknown key (nearest ones are listed), a text that does not fit the field's type, or a
@@ -32,9 +33,13 @@ def apply(config: Any, overrides: Mapping[str, str]) -> Any:
         inner = next((other for other in overrides if other.startswith(f"{path}.")), None)
         if text.lower() == "none" and inner is not None:
             raise PerennialError(f"--{path} is none, so --{inner} sets nothing; leave one of them out.")
-    for path, text in sorted(overrides.items(), key=lambda item: item[0].count(".")):
+    for path, text in sorted(overrides.items(), key=lambda item: _precedence(item[0].split("."))):
         config = _set(config, path.replace("-", "_").split("."), text, path)
     return config
+
+
+def _precedence(path: list[str]) -> tuple[bool, int]:
+    return any(map(str.isdecimal, path)), len(path)
 
 
 def from_json(kind: Any, value: Any, path: str = "config") -> Any:
@@ -129,22 +134,26 @@ def _default(kind: Any) -> Any:
 
 
 def _set_kind(parts: tuple[Any, ...], room: str, rest: list[str], text: str, whole: str) -> tuple[Any, ...]:
-    """Choose the parts by name, or change one of those chosen."""
+    """Choose the parts by name, or change those chosen that have a name, or the one with a number, counted from 1."""
     base = _kinds()[room]
     present = {part.name: part for part in parts}
     if not rest:
         chosen = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
         return tuple(present.get(name) or discovery.find(room, name, base)() for name in chosen)  # type: ignore[misc]
     name, *inner = rest
-    if name not in present:
+    meant = [number for number, part in enumerate(parts, start=1) if name in (part.name, str(number))]
+    if not meant:
+        option, names = whole.partition(".")[0], ",".join(part.name for part in parts) or "none"
+        advice = f"count from 1 to {len(parts)} in" if name.isdecimal() else "add it to"
         raise PerennialError(
-            f"--{whole} does not exist, because {name!r} is not chosen; add it to --{whole.partition('.')[0]}, "
-            f"which is {','.join(present) or 'none'}."
+            f"--{whole} does not exist, because {name!r} is not chosen; {advice} --{option}, which is {names}."
         )
     if not inner:
-        example = fields(present[name])[0].name
+        example = fields(parts[meant[0] - 1])[0].name
         raise PerennialError(f"--{whole} has settings of its own; set one, for example --{whole}.{example}.")
-    return tuple(_set(part, inner, text, whole) if part.name == name else part for part in parts)
+    return tuple(
+        _set(part, inner, text, whole) if number in meant else part for number, part in enumerate(parts, start=1)
+    )
 
 
 def parse(kind: Any, text: str, name: str) -> Any:
