@@ -224,7 +224,7 @@ def validate(config: Config) -> Config:
     for stage in config.recipe:
         stage.check(config.tasks.trained)
     for strategy in config.strategies:
-        strategy.check()
+        strategy.check(config.tasks.trained)
     return config
 
 

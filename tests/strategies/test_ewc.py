@@ -176,12 +176,12 @@ def test_the_base_draws_a_few_rows_at_a_time_and_the_same_actions(monkeypatch):
 
 def test_the_folder_of_the_base_is_looked_into_before_a_run(tmp_path):
     with pytest.raises(PerennialError, match=r"no demonstration in .*set --strategies\.ewc\.pretraining"):
-        EWC(pretraining=str(tmp_path)).check()
+        EWC(pretraining=str(tmp_path)).check(())
     (tmp_path / "adapter").mkdir()
     save_file({"weight": torch.zeros(1)}, tmp_path / "adapter" / "model.safetensors")
     with pytest.raises(PerennialError, match=r"model\.safetensors cannot be read"):
-        EWC(pretraining=str(tmp_path)).check()
-    EWC().check()
+        EWC(pretraining=str(tmp_path)).check(())
+    EWC().check(())
 
 
 def test_the_first_task_is_free():

@@ -6,12 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perennial.demonstrations.dataset import load, to_batch
+from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
 from perennial.randomness import stream
 from perennial.strategies._memory import concatenate, draw, from_tensors, to_tensors
 from perennial.strategies.dark_replay import DarkReplay
 from perennial.strategies.replay import Replay
-from strategies.worlds import TASKS, batch, log_softmax, policy, shake, trajectory
+from strategies.worlds import TASKS, batch, log_softmax, no_episodes, policy, shake, trajectory
 
 
 def with_logits(rows, seed):
@@ -79,6 +81,56 @@ def test_a_task_without_success_leaves_nothing():
     replay.after_task(TASKS["left"], policy(), lambda count: [trajectory(False, 4)])
     assert replay.replay(stream(0, "r"), 8) is None
     assert replay.state_dict() == {}
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demonstrations")
+    record_all("perennial.testing.toy", ("left", "up"), 3, folder, 1, settings=Settings(image_size=8, image_every=2))
+    return folder
+
+
+def shown(folder, task, learner, count=None):
+    return {tuple(state) for state in to_batch(load(folder, [task])[:count], learner).observation.states}
+
+
+@pytest.mark.parametrize("kind", [Replay, DarkReplay])
+def test_demonstrations_of_a_task_are_kept_once_it_has_been_learned(kind, demonstrations):
+    learner, replay = policy(), kind(capacity=4, demonstrations=str(demonstrations))
+    replay.before_task(TASKS["left"], learner)
+    assert replay.memories == {}
+    replay.after_task(TASKS["left"], learner, no_episodes)
+    assert list(replay.memories) == ["left"]
+    kept = replay.memories["left"]
+    assert len(kept) == 4
+    assert {tuple(state) for state in kept.observation.states} < shown(demonstrations, "left", learner)
+    assert (kept.logits is not None) == (kind is DarkReplay)
+
+
+@pytest.mark.parametrize("kind", [Replay, DarkReplay])
+def test_ut2026_replays_the_first_demonstration_of_every_task_from_the_start(kind, demonstrations):
+    learner, base = policy(), policy()
+    replay = kind(variant="ut2026", demonstrations=str(demonstrations))
+    replay.before_task(TASKS["left"], learner)
+    shake(learner, seed=1)
+    replay.after_task(TASKS["left"], learner, no_episodes)
+    resumed = kind(variant="ut2026", demonstrations=str(demonstrations))
+    resumed.load_state_dict(replay.state_dict(), learner)
+    resumed.before_task(TASKS["down"], learner)
+    assert list(resumed.memories) == ["left", "up"]
+    for task, kept in resumed.memories.items():
+        assert {tuple(s) for s in kept.observation.states} == shown(demonstrations, task, learner, 1)
+        if kind is DarkReplay:
+            np.testing.assert_allclose(kept.logits, base.logits(kept).detach().numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Replay, DarkReplay])
+def test_missing_demonstrations_are_said_before_the_run(kind, demonstrations):
+    kind(demonstrations=str(demonstrations)).check(("left", "up"))
+    with pytest.raises(PerennialError, match=rf"demonstration of down .*set --strategies\.{kind.name}\.demonstrations"):
+        kind(demonstrations=str(demonstrations)).check(("left", "down"))
+    with pytest.raises(PerennialError, match="no demonstration of left"):
+        Replay(variant="ut2026").check(("left",))
 
 
 @pytest.mark.parametrize(("ratio", "size", "rows"), [(1.0, 8, 8), (0.5, 8, 4), (0.25, 8, 2), (0.1, 4, None)])

@@ -53,13 +53,11 @@ def load(folder: Path, tasks: Iterable[str] | None = None) -> list[Demonstration
     Raises:
         PerennialError: the folder has no successful demonstration of some task, or a file is damaged.
     """
-    recorded = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
-    if not recorded:
-        raise PerennialError(f"{folder} holds no demonstrations; record some with `perennial demos {folder}`.")
+    known = recorded(folder)
     demonstrations: list[Demonstration] = []
-    for task in recorded if tasks is None else tasks:
-        if task not in recorded:
-            raise unknown("demonstrated task", task, recorded)
+    for task in known if tasks is None else tasks:
+        if task not in known:
+            raise unknown("demonstrated task", task, known)
         found = [read(path) for path in sorted((folder / task).glob("*.safetensors"))]
         successful = [demonstration for header, demonstration in found if header["success"]]
         if not successful:
@@ -68,6 +66,18 @@ def load(folder: Path, tasks: Iterable[str] | None = None) -> list[Demonstration
             )
         demonstrations += successful
     return demonstrations
+
+
+def recorded(folder: Path) -> list[str]:
+    """The tasks that were demonstrated in `folder`, in the order of the alphabet.
+
+    Raises:
+        PerennialError: there is none.
+    """
+    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    if not found:
+        raise PerennialError(f"{folder} holds no demonstrations; record some with `perennial demos {folder}`.")
+    return found
 
 
 def absolute(folder: str) -> str:

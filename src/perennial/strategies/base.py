@@ -52,8 +52,8 @@ class Strategy:
         """Names of the suite's variants in which this strategy plays episodes, beside "id"."""
         return frozenset()
 
-    def check(self) -> None:
-        """See that what is needed from the disk is there, before a run starts.
+    def check(self, tasks: Sequence[str]) -> None:
+        """See that what is needed from the disk to guard the tasks of these names is there, before a run starts.
 
         Raises:
             PerennialError: it is not.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class DarkReplay(Replay):
     Logits are those of the policy at the end of the decision's task.
 
     `variant="ut2026"` takes the logits of the policy before the first task instead, as the code of arXiv 2603.11653
-    does: a distillation to the base. That code's other memory is described in `Replay`.
+    does: a distillation to the base. With a folder of demonstrations it also has that code's memory, see `Replay`.
 
     Attributes:
         label_coefficient: weight of the imitation loss, at least 0.
@@ -34,7 +34,6 @@ class DarkReplay(Replay):
 
     name: ClassVar[str] = "dark_replay"
     label_coefficient: float = 0.0
-    variant: Literal["textbook", "ut2026"] = "textbook"
     base: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -46,10 +45,16 @@ class DarkReplay(Replay):
         """Logits to match."""
         return frozenset({"logits"})
 
+    def check(self, tasks: Sequence[str]) -> None:
+        """Every task has been demonstrated, where demonstrations are replayed; for `ut2026` they need not be."""
+        if self.demonstrations:
+            super().check(tasks)
+
     def before_task(self, task: Task, policy: Policy) -> None:
         """Remember the base, where it is the teacher."""
         if self.variant == "ut2026" and not self.base:
             self.base = snapshot(policy)
+        super().before_task(task, policy)
 
     def label(self, policy: Policy, batch: Batch) -> Batch:
         """`batch` with the teacher's logits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -76,7 +76,7 @@ class EWC(Strategy):
         if min(self.episodes, self.samples) < 1:
             raise PerennialError("ewc.episodes and ewc.samples must be at least 1.")
 
-    def check(self) -> None:
+    def check(self, tasks: Sequence[str]) -> None:
         """The folder that the base was made of holds demonstrations."""
         if self.pretraining:
             require_recorded(self.pretraining, "strategies.ewc.pretraining")

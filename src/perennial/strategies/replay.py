@@ -1,18 +1,21 @@
-"""Experience replay: own successes from earlier tasks are imitated beside every update."""
+"""Experience replay: own successes in earlier tasks, or their demonstrations, are imitated beside every update."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from torch import Tensor
 
+from perennial.demonstrations import dataset
+from perennial.demonstrations.dataset import absolute, load, recorded, require_recorded
 from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import stream
-from perennial.rollout.trajectory import to_batch
+from perennial.rollout import trajectory
 from perennial.strategies._memory import draw, from_tensors, to_tensors
 from perennial.strategies._weights import nested, prefixed
 from perennial.strategies.base import Collect, Strategy
@@ -24,17 +27,18 @@ class Replay(Strategy):
     """loss + coefficient * imitation loss of decisions kept from earlier tasks (ER).
 
     When a task has been learned, `episodes` are played and up to `capacity` decisions of the successful ones are
-    kept, a uniform random subset. A task without any success leaves nothing to replay.
+    kept, a uniform random subset; or of the task's demonstrations, where there is a folder of them. A task without any
+    success leaves nothing to replay.
 
-    The ratio of 1:1 is that of arXiv 2603.11653, whose coefficient is 0.03. Its code replays something else, the first
-    demonstration of every task of the suite, later and held-out ones included, so there is no `ut2026` variant: no
-    strategy is shown tasks that have not been taught.
+    `variant="ut2026"` is the memory of the code of arXiv 2603.11653, whose coefficient is 0.03: from the first task on
+    the first demonstration of every task in the folder, of later and held-out ones too.
 
     Attributes:
         coefficient: at least 0.
         ratio: replayed rows per row of an update, in (0, 1].
         capacity: decisions kept per task.
-        episodes: played after every task.
+        episodes: played after every task, where there are no demonstrations.
+        demonstrations: folder that `perennial demos` wrote, with all trained tasks in it; "" replays own successes.
     """
 
     name: ClassVar[str] = "replay"
@@ -42,6 +46,8 @@ class Replay(Strategy):
     ratio: float = 1.0
     capacity: int = 256
     episodes: int = 32
+    demonstrations: str = ""
+    variant: Literal["textbook", "ut2026"] = "textbook"
     memories: dict[str, Batch] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,6 +57,22 @@ class Replay(Strategy):
             raise PerennialError(f"{self.name}.ratio is {self.ratio}; it must be above 0 and at most 1.")
         if min(self.capacity, self.episodes) < 1:
             raise PerennialError(f"{self.name}.capacity and {self.name}.episodes must be at least 1.")
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Every task has been demonstrated, where demonstrations are replayed."""
+        for task in tasks if self.demonstrations or self.variant == "ut2026" else ():
+            require_recorded(self.demonstrations, f"strategies.{self.name}.demonstrations", task)
+
+    def settled(self) -> Self:
+        """The same strategy, with the folder of demonstrations as an absolute path."""
+        return replace(self, demonstrations=absolute(self.demonstrations))
+
+    def before_task(self, task: Task, policy: Policy) -> None:
+        """For `ut2026` keep the first demonstration of every task, once."""
+        if self.variant == "ut2026" and self.demonstrations and not self.memories:
+            folder = Path(self.demonstrations)
+            for name in recorded(folder):
+                self._keep(name, dataset.to_batch(load(folder, [name])[:1], policy), policy)
 
     def replay(self, rng: np.random.Generator, size: int) -> Batch | None:
         """`ratio` x `size` kept decisions."""
@@ -68,13 +90,19 @@ class Replay(Strategy):
         return self.coefficient * outputs.imitation_loss.sum() / len(whole)
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
-        """Keep decisions of fresh successful episodes."""
-        successes = [trajectory for trajectory in collect(self.episodes) if trajectory.success]
+        """Keep decisions of fresh successful episodes, or of demonstrations."""
+        if self.demonstrations and self.variant == "ut2026":
+            return
         self.memories.pop(task.name, None)
-        if successes:
-            decisions = to_batch(successes, policy.token_steps)
-            rows = stream(0, self.name, task.name).permutation(len(decisions))[: self.capacity]
-            self.memories[task.name] = self.label(policy, replace(decisions.take(rows), temperature=1.0, log_prob=None))
+        if self.demonstrations:
+            self._keep(task.name, dataset.to_batch(load(Path(self.demonstrations), [task.name]), policy), policy)
+        elif successes := [played for played in collect(self.episodes) if played.success]:
+            self._keep(task.name, trajectory.to_batch(successes, policy.token_steps), policy)
+
+    def _keep(self, task: str, decisions: Batch, policy: Policy) -> None:
+        """Remember at most `capacity` of them."""
+        rows = stream(0, self.name, task).permutation(len(decisions))[: self.capacity]
+        self.memories[task] = self.label(policy, replace(decisions.take(rows), temperature=1.0, log_prob=None))
 
     def label(self, policy: Policy, batch: Batch) -> Batch:
         """What is kept of `batch`."""
