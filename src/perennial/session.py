@@ -17,7 +17,7 @@ from perennial.display import Display
 from perennial.interrupt import InterruptedRunError, TwoStageInterrupt
 from perennial.learning.base import Objective
 from perennial.learning.optimizer import build_optimizer, optimised
-from perennial.planning.check import check_memory
+from perennial.planning.check import check_buffers, check_memory
 from perennial.policies._learned import load_learned, save_learned
 from perennial.policies._placement import load_policy, recompute_blocks
 from perennial.policies.base import Policy
@@ -109,6 +109,7 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     check_memory(config)
     chosen = config.policy
     policy = load_policy(chosen.name, checkpoint, chosen.device, chosen.dtype)
+    check_buffers(config.strategies, [suite.tasks[name] for name in config.tasks.trained], policy)
     if chosen.adapter is not None:
         add_adapter(policy, chosen.adapter, config.seed)
     if chosen.checkpointing:

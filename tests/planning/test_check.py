@@ -12,10 +12,13 @@ from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig
 from perennial.learning.sft import SFT
 from perennial.planning import estimate
-from perennial.planning.check import check_memory, fit_micro_batches
+from perennial.planning.check import check_buffers, check_memory, fit_micro_batches
 from perennial.planning.reading import read_anatomy, use_of
 from perennial.policies.lora import LoRA
 from perennial.rollout.workers import WorkerConfig
+from perennial.strategies.l2 import L2
+from perennial.strategies.replay import Replay
+from perennial.testing.toy import ToyPolicy, ToySuite
 
 DEMO = preset("demo")
 LARGE = AdamWConfig(micro_batch=256)
@@ -105,3 +108,15 @@ def test_where_nothing_fits_it_is_the_smallest_and_the_other_switches_are_named(
 def test_a_policy_of_which_nothing_is_known_gets_the_most():
     config = replace(DEMO, policy=PolicyChoice(name="perennial.testing.toy"))
     assert micro_batches(fit_micro_batches(config, room=0)) == [256]
+
+
+def test_a_buffer_larger_than_the_memory_is_refused():
+    policy, tasks = ToyPolicy(), [ToySuite.tasks["left"], ToySuite.tasks["up"]]
+    needed = 2 * 100 * 3 * 8 * 8  # tasks, decisions, and the numbers of an image
+    strategies = (L2(), Replay(capacity=100, episodes=1000))
+    check_buffers(strategies, tasks, policy, room=needed)
+    with pytest.raises(PerennialError, match=r"'replay' may keep 200 decisions of 2 tasks.* let it keep fewer"):
+        check_buffers(strategies, tasks, policy, room=needed - 1)
+    decisions = -(-tasks[0].horizon // policy.chunk_steps)
+    assert Replay(capacity=10**12, episodes=3).kept(tasks[0], policy) == 3 * decisions
+    assert Replay(capacity=10**12, demonstrations="somewhere").kept(tasks[0], policy) == 10**12

@@ -1,7 +1,8 @@
-"""Chooses open micro-batches by the free memory, and refuses a run that needs more than there is, before it loads."""
+"""Chooses open micro-batches by the free memory, and refuses a run that needs more than there is, before it begins."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import psutil
@@ -13,6 +14,9 @@ from perennial.planning import estimate
 from perennial.planning.estimate import Use
 from perennial.planning.gpus import RESERVED
 from perennial.planning.reading import option, read_anatomy, use_of
+from perennial.policies.base import Policy
+from perennial.strategies.base import Strategy
+from perennial.suites.base import Task
 
 
 def fit_micro_batches(config: Config, room: float | None = None) -> Config:
@@ -61,6 +65,27 @@ def check_memory(config: Config, room: float | None = None) -> None:
     lighter = estimate.memory(estimate.apply(use, chosen)).peak
     switches = " ".join(option(config, switch) for switch in chosen)
     raise PerennialError(f"{problem}; it fits with {switches}, which needs {lighter / 1e9:.3g} GB.")
+
+
+def check_buffers(
+    strategies: Sequence[Strategy], tasks: Sequence[Task], policy: Policy, room: float | None = None
+) -> None:
+    """See that what each strategy keeps of `tasks` fits into `room` bytes, by default the memory that is free.
+
+    Only the images of one camera are counted, which are most of it.
+
+    Raises:
+        PerennialError: it does not.
+    """
+    room = _free("cpu") if room is None else room
+    for strategy in strategies:
+        decisions = sum(strategy.kept(task, policy) for task in tasks)
+        needed = decisions * 3 * policy.image_size**2
+        if needed > room:
+            raise PerennialError(
+                f"{strategy.name!r} may keep {decisions} decisions of {len(tasks)} tasks, at least {needed / 1e9:.3g} "
+                f"GB of images, but {room / 1e9:.3g} GB are free; let it keep fewer."
+            )
 
 
 def _use(config: Config) -> Use | None:

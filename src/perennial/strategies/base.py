@@ -76,6 +76,10 @@ class Strategy:
         apart = type(self).policy_for is not Strategy.policy_for
         return "it gives tasks weights of their own" if apart else None
 
+    def kept(self, task: Task, policy: Policy) -> int:
+        """Decisions of `task` that it keeps in memory at most."""
+        return 0
+
     def before_task(self, task: Task, policy: Policy) -> None:
         """Called once before the first stage of `task`."""
 

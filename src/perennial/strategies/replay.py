@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -66,6 +67,11 @@ class Replay(Strategy):
     def settled(self) -> Self:
         """The same strategy, with the folder of demonstrations as an absolute path."""
         return replace(self, demonstrations=absolute(self.demonstrations))
+
+    def kept(self, task: Task, policy: Policy) -> int:
+        """`capacity`, or as many decisions as the episodes can have."""
+        played = self.episodes * math.ceil(task.horizon / policy.chunk_steps)
+        return self.capacity if self.demonstrations else min(self.capacity, played)
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """For `ut2026` keep the first demonstration of every task, once."""
