@@ -10,7 +10,9 @@ from perennial.alpha import command
 from perennial.alpha.sweep import sweep
 from perennial.cli import main
 from perennial.commands import Alpha
+from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
+from perennial.merging.groups import GROUPS
 from perennial.policies.base import Batch, Observation
 from perennial.randomness import stream
 from perennial.rollout.workers import WorkerConfig
@@ -92,9 +94,39 @@ def test_groups_make_a_grid_and_the_command_names_them(folders, tmp_path):
     command.command(made, Console(quiet=True))
     found = json.loads((tmp_path / "alpha.json").read_text())
     assert [c["alpha"]["language"] for c in found["candidates"]] == [0.0, 1.0]
-    if found["best"] == 0:
-        assert found["command"].endswith("--alpha.vision 1 --alpha.language 0 --alpha.action 1")
-    assert "<figure>" not in (tmp_path / "alpha.html").read_text()
+    flags = ("--alpha.vision 1 --alpha.language 0 --alpha.action 1", "--alpha 1")
+    assert found["command"].endswith(flags[found["best"]])
+    assert "Success by alpha of language" in (tmp_path / "alpha.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("alphas", "expected"),
+    [
+        ([(0, 0, 0), (1, 1, 1)], ""),
+        ([(1, 0, 1), (1, 0.5, 1), (1, 1, 1)], "language"),
+        ([(0.2, 0, 1), (0.4, 0, 1)], "vision"),
+        ([(1, 0, 0), (1, 1, 1)], None),
+        ([(1, 0, 0)], None),
+    ],
+)
+def test_a_curve_needs_one_thing_that_varies(alphas, expected):
+    assert command.varying([dict(zip(GROUPS, each, strict=True)) for each in alphas]) == expected
+
+
+def test_without_episodes_the_demonstrations_choose_and_nothing_is_played(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "sweep", lambda *_: pytest.fail("there is no simulator"))
+    recorded = {name: tmp_path / name for name in ("demonstrations", "pretraining")}
+    for folder, task in zip(recorded.values(), ("left", "right"), strict=True):
+        record_all(TOY, (task,), 2, folder, 1, lambda path: None, Settings(image_every=2))
+    command.command(options(folders, tmp_path, episodes=0, **recorded), Console(quiet=True))
+    found = json.loads((tmp_path / "alpha.json").read_text())
+    sums = [candidate["target_loss"] + candidate["base_loss"] for candidate in found["candidates"]]
+    assert found["best"] == found["without_rollouts"] == sums.index(min(sums))
+    assert not any("target" in candidate for candidate in found["candidates"])
+    page = (tmp_path / "alpha.html").read_text()
+    assert "by the least sum of both losses; nothing was played." in page
+    assert page.count("<figure>") == 1
+    assert page.count("data-alpha=") == 3
 
 
 @pytest.mark.parametrize(
@@ -107,7 +139,12 @@ def test_groups_make_a_grid_and_the_command_names_them(folders, tmp_path):
         ({"alpha": ""}, "--alpha is ''"),
         ({"out": Path("alpha.json")}, r"--out is alpha\.json, but it must be the file of a page"),
         ({"language": "x"}, "alpha.language"),
-        ({"episodes": 0}, "--episodes is 0"),
+        ({"episodes": 0}, "--episodes is 0, so that nothing is played"),
+        ({"episodes": 0, "pretraining": Path("x")}, "--episodes is 0, so that nothing is played"),
+        ({"episodes": -1}, "--episodes is -1"),
+        ({"demonstrations": Path("x")}, "no demonstration of left in 'x'.*--demonstrations"),
+        ({"pretraining": Path("x")}, "no demonstration in 'x'.*--pretraining"),
+        ({"device": "tpu"}, "--device is 'tpu', but it must be cpu"),
         ({"retention": 2.0}, "--retention is 2"),
         ({"workers": -1}, "--workers is -1"),
     ],
@@ -131,12 +168,14 @@ def test_it_plays_in_as_many_workers_as_asked_for(folders, tmp_path, monkeypatch
     asked = []
 
     def note(pair, plan, candidates, cast, workers, on_episodes):
-        asked.append(workers)
+        asked.append((workers, cast.dtype))
         return sweep(pair, plan, candidates, cast, WorkerConfig("inline"), on_episodes)
 
     monkeypatch.setattr(command, "sweep", note)
-    command.command(options(folders, tmp_path, alpha="1", episodes=2, workers=count), Console(quiet=True))
-    assert asked == [WorkerConfig(count=count)]
+    command.command(
+        options(folders, tmp_path, alpha="1", episodes=2, workers=count, dtype="float32"), Console(quiet=True)
+    )
+    assert asked == [(WorkerConfig(count=count), "float32")]
 
 
 def test_the_dotted_flags_are_understood(tmp_path, capsys):

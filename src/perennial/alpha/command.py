@@ -18,11 +18,13 @@ import perennial
 from perennial import discovery
 from perennial.alpha.sweep import Pair, Plan, front, likeliest, losses, open_pair, sweep
 from perennial.config import checkpoint_folder
+from perennial.demonstrations.dataset import require_recorded
 from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, winner
 from perennial.evaluation.statistics import wilson
 from perennial.merging.groups import GROUPS, Coefficients, grid
 from perennial.overrides import fractions
+from perennial.policies._placement import check_placement
 from perennial.reports import page, plots, words
 from perennial.reports.summary import percent
 from perennial.rollout.workers import Cast, WorkerConfig
@@ -32,7 +34,7 @@ from perennial.suites.base import Suite, require_known
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from perennial.commands import Alpha
+    from perennial.alpha.options import Alpha
 
 
 def command(options: Alpha, console: Console) -> None:
@@ -43,16 +45,8 @@ def command(options: Alpha, console: Console) -> None:
     """
     candidates, plan, target = _candidates(options), _plan(options), _new_page(options.out)
     base = checkpoint_folder(str(options.base))
-    pair = open_pair(options.policy, base, options.finetuned)
-    with Progress(console=console, disable=options.json, transient=True) as progress:
-        most = len(candidates) * plan.episodes * (len(plan.tasks) + len(plan.generalist))
-        bar = progress.add_task("playing", total=most)
-
-        def on_episodes(coefficients: Coefficients, count: int) -> None:
-            progress.update(bar, advance=count, description=f"playing alpha {_words(coefficients)}")
-
-        cast = Cast(options.suite, options.policy, base, options.seed)
-        field = sweep(pair, plan, candidates, cast, WorkerConfig(count=options.workers), on_episodes)
+    pair = open_pair(options.policy, base, options.finetuned, options.device, options.dtype)
+    field = _played(options, pair, plan, candidates, base, console) if plan.episodes else []
     found = _figures(options, plan, candidates, field, _losses(options, pair, candidates))
     atomic.write_json(target.with_suffix(".json"), found)
     atomic.write_text(target, render(found))
@@ -60,11 +54,26 @@ def command(options: Alpha, console: Console) -> None:
         print(json.dumps(found))
         return
     console.print(_table(found))
-    if found["without_rollouts"] is not None:
+    if field and found["without_rollouts"] is not None:
         taken = _words(candidates[found["without_rollouts"]])
         console.print(f"By the demonstrations' losses alone it would be alpha {taken}.", highlight=False)
     console.print(f"Merge with the best one:\n  {escape(found['command'])}", highlight=False, soft_wrap=True)
     console.print(f"Alpha: {escape(str(target))}", highlight=False, soft_wrap=True)
+
+
+def _played(
+    options: Alpha, pair: Pair, plan: Plan, candidates: Sequence[Coefficients], base: Path, console: Console
+) -> list[Runner]:
+    """The sweep, with a bar over its episodes."""
+    with Progress(console=console, disable=options.json, transient=True) as progress:
+        most = len(candidates) * plan.episodes * (len(plan.tasks) + len(plan.generalist))
+        bar = progress.add_task("playing", total=most)
+
+        def on_episodes(coefficients: Coefficients, count: int) -> None:
+            progress.update(bar, advance=count, description=f"playing alpha {_words(coefficients)}")
+
+        cast = Cast(options.suite, options.policy, base, options.seed, options.device, options.dtype)
+        return sweep(pair, plan, candidates, cast, WorkerConfig(count=options.workers), on_episodes)
 
 
 def _new_page(out: Path) -> Path:
@@ -89,12 +98,19 @@ def _plan(options: Alpha) -> Plan:
     if not options.tasks:
         raise PerennialError("No task is named; give those that were fine-tuned for, as --tasks drawer-open-v3.")
     require_known(suite, options.suite, (*options.tasks, *options.generalist), [options.variant])
-    if options.episodes < 1 or options.temperature < 0:
+    for name in ("episodes", "temperature", "workers"):
+        if getattr(options, name) < 0:
+            raise PerennialError(f"--{name} is {getattr(options, name)}, but it must be 0 or more.")
+    if not options.episodes and not (options.demonstrations and options.pretraining):
         raise PerennialError(
-            f"--episodes is {options.episodes} and --temperature {options.temperature}; at least 1 and 0 are needed."
+            "--episodes is 0, so that nothing is played; play at least 1, or give both --demonstrations and "
+            "--pretraining, to choose by their losses."
         )
-    if options.workers < 0:
-        raise PerennialError(f"--workers is {options.workers}, but it must be 0 or more.")
+    for task in options.tasks if options.demonstrations else ():
+        require_recorded(str(options.demonstrations), "demonstrations", task)
+    if options.pretraining:
+        require_recorded(str(options.pretraining), "pretraining")
+    check_placement(options.device, options.dtype, "--")
     if not 0 <= options.retention <= 1:
         raise PerennialError(f"--retention is {options.retention}, but it is a weight from 0 to 1.")
     chosen = (options.suite, options.tasks, options.variant, options.generalist, options.episodes)
@@ -118,7 +134,7 @@ def _figures(
     loss: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """Everything that was found, for the JSON file and the page; rates in percent with Wilson 95 % intervals."""
-    names = ("target", "generalist")[: len(plan.objectives)]
+    names = ("target", "generalist")[: len(plan.objectives)] if field else ()
     parts = [[runner.outcomes[:, columns] for columns in plan.objectives] for runner in field]
     weights = (1.0,) if len(names) == 1 else (1 - options.retention, options.retention)
 
@@ -126,9 +142,15 @@ def _figures(
         of_objectives = zip(weights, plan.objectives, strict=True)
         return sum(weight * float(runner.outcomes[:, columns].mean()) for weight, columns in of_objectives)
 
-    best = winner(field, score)
-    rates = [{name: percent(wilson(int(p.sum()), p.size)) for name, p in zip(names, ps, strict=True)} for ps in parts]
+    by_losses = likeliest(loss["target"], loss["base"]) if len(loss) == 2 else None
+    best = winner(field, score) if field else by_losses
+    assert best is not None
     shown = front([(ps[0].mean(), ps[-1].mean()) for ps in parts])
+    played = [
+        {name: percent(wilson(int(p.sum()), p.size)) for name, p in zip(names, ps, strict=True)}
+        | {"dropped": runner.dropped, "front": on_front and not runner.dropped}
+        for runner, ps, on_front in zip(field, parts, shown, strict=True)
+    ]
     return {
         "base": str(options.base),
         "finetuned": str(options.finetuned),
@@ -137,15 +159,13 @@ def _figures(
         "candidates": [
             {
                 "alpha": dict(zip(GROUPS, coefficients, strict=True)),
-                **rates[number],
-                "dropped": field[number].dropped,
-                "front": shown[number] and not field[number].dropped,
+                **(played[number] if field else {"dropped": False, "front": False}),
                 **{f"{name}_loss": values[number] for name, values in loss.items()},
             }
             for number, coefficients in enumerate(candidates)
         ],
         "best": best,
-        "without_rollouts": likeliest(loss["target"], loss["base"]) if len(loss) == 2 else None,
+        "without_rollouts": by_losses,
         "command": _merge_command(options, candidates[best]),
     }
 
@@ -177,26 +197,37 @@ def render(found: Mapping[str, Any]) -> str:
 
 
 def _plots(found: Mapping[str, Any]) -> dict[str, Markup]:
-    """Curves over a common alpha; where groups differ there is only the table."""
-    candidates = found["candidates"]
-    if any(len(set(candidate["alpha"].values())) > 1 for candidate in candidates):
+    """Curves over what varies: a common alpha, or that of one group; where several vary there is only the table."""
+    candidates, drawn = found["candidates"], {}
+    group = varying([candidate["alpha"] for candidate in candidates])
+    if group is None:
         return {}
-    alphas = [candidate["alpha"]["language"] for candidate in candidates]
+    alphas, x = [c["alpha"][group or "language"] for c in candidates], f"alpha of {group}" if group else "alpha"
     names = [name for name in ("target", "generalist") if name in candidates[0]]
-    curves = [[(a, c[name]["value"]) for a, c in zip(alphas, candidates, strict=True)] for name in names]
-    bands = [[(c[name]["low"], c[name]["high"]) for c in candidates] for name in names]
-    drawn = {"success": plots.lines("success", curves, "Success by alpha", "alpha", "success, %", bands, (-3, 103))}
+    if names:
+        curves = [[(a, c[name]["value"]) for a, c in zip(alphas, candidates, strict=True)] for name in names]
+        bands = [[(c[name]["low"], c[name]["high"]) for c in candidates] for name in names]
+        drawn["success"] = plots.lines("success", curves, f"Success by {x}", x, "success, %", bands, (-3, 103))
     kinds = [name for name in ("target_loss", "base_loss") if name in candidates[0]]
     if kinds:
         falls = [[(a, c[name]) for a, c in zip(alphas, candidates, strict=True)] for name in kinds]
-        drawn["loss"] = plots.lines("loss", falls, "Loss on demonstrations by alpha", "alpha", "loss")
+        drawn["loss"] = plots.lines("loss", falls, f"Loss on demonstrations by {x}", x, "loss")
     return {name: Markup(svg) for name, svg in drawn.items()}
+
+
+def varying(alphas: Sequence[Mapping[str, float]]) -> str | None:
+    """The group whose coefficient alone varies, "" where it is common to all groups; None if neither."""
+    if all(len(set(alpha.values())) == 1 for alpha in alphas):
+        return ""
+    groups = [group for group in GROUPS if len({alpha[group] for alpha in alphas}) > 1]
+    return groups[0] if len(groups) == 1 else None
 
 
 def _table(found: Mapping[str, Any]) -> Table:
     """The sweep for the console."""
     plan, first = found["plan"], found["candidates"][0]
-    table = Table("alpha", title=f"Success in % on {', '.join(plan['tasks'])}, variant {plan['variant']}")
+    what = f"Success in % on {', '.join(plan['tasks'])}, variant {plan['variant']}"
+    table = Table("alpha", title=what if plan["episodes"] else "Losses on demonstrations")
     columns = [name for name in ("target", "generalist", "target_loss", "base_loss") if name in first]
     for name in columns:
         table.add_column(name.replace("_", " "))

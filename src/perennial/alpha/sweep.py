@@ -22,6 +22,7 @@ from perennial.merging.groups import Coefficients, by_name
 from perennial.merging.linear import interpolate
 from perennial.merging.state_dicts import require_same_tensors, shapes
 from perennial.policies._base_identity import sample
+from perennial.policies._placement import DType, load_policy
 from perennial.policies.base import Batch, Policy
 from perennial.randomness import stream
 from perennial.rollout.trajectory import Episode
@@ -48,16 +49,17 @@ class Pair:
         return {name: interpolate(weights, self.finetuned[name], alpha[name]) for name, weights in self.base.items()}
 
 
-def open_pair(policy: str, base: Path, finetuned: Path) -> Pair:
+def open_pair(policy: str, base: Path, finetuned: Path, device: str = "cpu", dtype: DType | None = None) -> Pair:
     """Load a base checkpoint, and a checkpoint, a PEFT adapter folder or a run's folder of weights made from it.
+
+    The policy lies on `device`, the weights to merge in main memory.
 
     Raises:
         PerennialError: a folder cannot be read, or the two have different tensors.
     """
-    kind = discovery.find("policies", policy, Policy)
     finetuned = learned(finetuned)
-    start = kind.load(base)
-    weights = start.acting_weights()
+    start = load_policy(policy, base, device, dtype)
+    weights = {name: tensor.cpu() for name, tensor in start.acting_weights().items()}
     if is_adapter(finetuned):
         adapter = open_adapter(finetuned)
         deltas = adapter.deltas
@@ -71,7 +73,7 @@ def open_pair(policy: str, base: Path, finetuned: Path) -> Pair:
         adapter.require_base({name: sample(weights[name]) for name in deltas}, base)
         end = {n: (w.float() + deltas[n]).to(w.dtype) if n in deltas else w for n, w in weights.items()}
     elif (finetuned / "config.json").is_file():
-        end = dict(kind.load(finetuned).acting_weights())
+        end = load_policy(policy, finetuned, dtype=dtype).acting_weights()
     else:
         end = _weights_alone(finetuned)
     require_same_tensors(shapes(weights), shapes(end))
@@ -171,7 +173,8 @@ def losses(pair: Pair, candidates: Sequence[Coefficients], folder: Path, tasks: 
 
 @torch.no_grad()
 def _loss(pair: Pair, weights: Mapping[str, Tensor], batch: Batch) -> float:
-    with looking_through(pair.policy, weights):
+    placed = {name: tensor.to(pair.policy.device) for name, tensor in weights.items()}
+    with looking_through(pair.policy, placed):
         return float(torch.cat([pair.policy.imitation_loss(part) for part in batch.parts(ROWS)]).mean())
 
 

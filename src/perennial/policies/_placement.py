@@ -17,8 +17,13 @@ from perennial.policies.base import Policy
 DType = Literal["float32", "bfloat16"]
 
 
-def check_placement(device: str, dtype: DType | None) -> None:
+def check_placement(device: str, dtype: DType | None, option: str = "--policy.") -> None:
     """See that this machine has the device and that the device computes in the type.
+
+    Args:
+        device: as torch names it.
+        dtype: of the weights.
+        option: how the options begin that chose them.
 
     Raises:
         PerennialError: it does not.
@@ -28,18 +33,18 @@ def check_placement(device: str, dtype: DType | None) -> None:
     except RuntimeError:
         kind = ""
     if kind not in ("cpu", "cuda"):
-        raise PerennialError(f"--policy.device is {device!r}, but it must be cpu, cuda or cuda:<number>.")
+        raise PerennialError(f"{option}device is {device!r}, but it must be cpu, cuda or cuda:<number>.")
     if kind == "cpu":
         return
     if not torch.cuda.is_available():
         raise PerennialError(
-            f"--policy.device is {device!r}, but torch {torch.__version__} finds no GPU here; see `perennial doctor`, "
-            "or set --policy.device cpu."
+            f"{option}device is {device!r}, but torch {torch.__version__} finds no GPU here; see `perennial doctor`, "
+            f"or set {option}device cpu."
         )
     if dtype == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
         raise PerennialError(
             f"{torch.cuda.get_device_name(device)} does not compute in bfloat16, and learning in float16 would "
-            "overflow; set --policy.dtype float32, or take a GPU of compute capability 8.0 or newer."
+            f"overflow; set {option}dtype float32, or take a GPU of compute capability 8.0 or newer."
         )
 
 
