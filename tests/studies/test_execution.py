@@ -224,6 +224,13 @@ def test_what_was_prepared_by_another_command_is_refused(tmp_path, monkeypatch):
     assert made == ["demos"]
 
 
+def test_a_log_that_cannot_be_written_is_a_sentence(tmp_path):
+    (tmp_path / "runs").write_text("in the way")
+    progress = _execution._progress(Console())
+    with pytest.raises(PerennialError, match=r"l2/seed0\.log could not be written"):
+        _execution._start(tmp_path, Entry(STUDY, "l2", "given", 0), 0, progress)
+
+
 def test_an_error_in_the_study_leaves_no_run_behind(done, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]))
     folder = tmp_path / "toy"

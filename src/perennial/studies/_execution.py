@@ -174,11 +174,14 @@ def _start(folder: Path, entry: Entry, core: int, progress: Progress) -> _Job:
         arguments = ["resume", str(run)]
     else:
         arguments = entry.arguments(folder)
-    _log(folder, entry).parent.mkdir(parents=True, exist_ok=True)
+    path = _log(folder, entry)
+    with atomic.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("ab")
     everything = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})  # inherited, and workers and threads of a run are counted by it
     try:
-        with _log(folder, entry).open("ab") as log:
+        with log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "perennial", *arguments],
                 stdin=subprocess.DEVNULL,
