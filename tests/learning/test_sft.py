@@ -1,6 +1,6 @@
 """Supervised learning on recorded demonstrations, and the mix with pretraining data."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.learning.sft import SFT
+from perennial.policies.openvla_oft import OpenVLAOFT
 from perennial.strategies import Strategies
 from perennial.testing.toy import ToyPolicy, ToySuite
 
@@ -80,6 +81,21 @@ def test_pretraining_data_keeps_what_it_shows(recorded):
     learn(objective, alone)
     learn(replace(objective, pretraining=str(recorded)), mixed)
     assert loss_on(mixed, recorded, "right") < loss_on(alone, recorded, "right") - 0.5
+
+
+def test_actions_and_states_are_normalised_as_in_pretraining(recorded):
+    """The base saw moves three times as wide; fine-tuning on narrow ones must not make them its whole range."""
+    shown = load(recorded, ("left",))
+    actions, states = (np.concatenate([getattr(one, name) for one in shown]) for name in ("actions", "states"))
+    policy = OpenVLAOFT.fresh([one.instruction for one in shown], 3 * actions, 3 * states, seed=0)
+    window = np.resize(actions, (1, policy.chunk_steps, 2))
+    before, statistics = policy.encode(window), asdict(policy.config.norm_stats)
+    learn(SFT(demonstrations=str(recorded), steps=1, batch_size=4), policy)
+    np.testing.assert_array_equal(policy.encode(window), before)
+    assert asdict(policy.config.norm_stats) == statistics
+    narrow = OpenVLAOFT.fresh([one.instruction for one in shown], actions, states, seed=0)
+    middle = policy.config.action_bins / 2
+    assert np.abs(before - middle).mean() < 0.5 * np.abs(narrow.encode(window) - middle).mean()
 
 
 def test_what_is_not_there_is_said_before_the_run(recorded, tmp_path):
