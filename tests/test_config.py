@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -135,7 +136,7 @@ def test_checkpoints_are_folders_or_come_with_perennial(tmp_path, monkeypatch):
         checkpoint_folder("bundled:tinny")
 
 
-def test_hub_checkpoints_are_those_that_were_downloaded(tmp_path, monkeypatch):
+def test_hub_checkpoints_are_those_that_were_downloaded(config, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(PerennialError, match=r"hub:openvla/openvla-7b is not on this disk; .*`hf download openvla/op"):
         checkpoint_folder("hub:openvla/openvla-7b")
@@ -146,6 +147,13 @@ def test_hub_checkpoints_are_those_that_were_downloaded(tmp_path, monkeypatch):
     (cached / "refs" / "main").write_text("abc123")
     (cached / "snapshots" / "abc123").mkdir(parents=True)
     assert checkpoint_folder("hub:openvla/openvla-7b") == cached / "snapshots" / "abc123"
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint_folder("openvla/openvla-7b") == cached / "snapshots" / "abc123"
+    short = overrides.apply(config, {"policy.checkpoint": "openvla/openvla-7b"})
+    assert module.settled(short).policy.checkpoint == "hub:openvla/openvla-7b"
+    (tmp_path / "openvla" / "openvla-7b").mkdir(parents=True)  # a folder comes first
+    assert checkpoint_folder("openvla/openvla-7b") == Path("openvla/openvla-7b")
+    assert module.settled(short).policy.checkpoint == str(tmp_path / "openvla" / "openvla-7b")
 
 
 def test_a_settled_run_finds_its_folders_from_everywhere(config, tmp_path, monkeypatch):
@@ -178,7 +186,9 @@ def test_a_checkpoint_without_a_name_is_not_the_present_folder(checkpoint):
 
 
 def test_a_bare_repository_name_is_answered_with_how_to_download_it():
-    with pytest.raises(PerennialError, match=r"'openvla/openvla-7b' does not exist; .*give hub:openvla/openvla-7b\."):
+    with pytest.raises(
+        PerennialError, match=r"'openvla/openvla-7b' does not exist; .*`hf download openvla/openvla-7b` first\."
+    ):
         checkpoint_folder("openvla/openvla-7b")
     with pytest.raises(PerennialError, match=r"'/no/where' does not exist; give a folder or `bundled:"):
         checkpoint_folder("/no/where")

@@ -1,5 +1,6 @@
 """Pickled weights become safetensors; pickled code does not run."""
 
+import json
 import os
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from perennial import cli
-from perennial.conversion import convert
+from perennial.conversion import convert, convert_index
 from perennial.errors import PerennialError
+from perennial.merging.tensor_files import open_checkpoint
 
 
 class Trap:
@@ -38,6 +40,27 @@ def test_every_pickle_of_a_folder_becomes_safetensors(tmp_path, capsys):
             assert torch.equal(found[key], tensor)
     with pytest.raises(PerennialError, match="exists already"):
         convert(tmp_path / "weights.bin")
+
+
+def test_split_weights_get_the_names_and_the_index_of_safetensors(tmp_path):
+    whole = {"a": torch.ones(2), "b": torch.zeros(3)}
+    places = {name: f"pytorch_model-0000{number}-of-00002.bin" for number, name in enumerate(whole, 1)}
+    for name, file in places.items():
+        torch.save({name: whole[name]}, tmp_path / file)
+    index = {"metadata": {"total_size": 20}, "weight_map": places}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(PerennialError, match=r"pickled \(pytorch_model-00001.*; convert them by `perennial convert"):
+        open_checkpoint(tmp_path)
+    cli.main(["convert", str(tmp_path)])
+    found = open_checkpoint(tmp_path)
+    assert {name: entry.file.name for name, entry in found.entries.items()} == {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00002-of-00002.safetensors",
+    }
+    (tmp_path / "model.safetensors.index.json").unlink()
+    (tmp_path / "pytorch_model.bin.index.json").write_text("[]")
+    with pytest.raises(PerennialError, match=r"pytorch_model\.bin\.index\.json is no index"):
+        convert_index(tmp_path)
 
 
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):

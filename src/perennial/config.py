@@ -55,8 +55,8 @@ class PolicyChoice:
 
     Attributes:
         name: of the policy class.
-        checkpoint: a folder, `bundled:<name>` for one that comes with Perennial, or `hub:<owner>/<name>` for one that
-            `hf download` has put on this disk.
+        checkpoint: a folder, `bundled:<name>` for one that comes with Perennial, or `hub:<owner>/<name>`, in short
+            `<owner>/<name>`, for one that `hf download` has put on this disk.
         adapter: the LoRA that learns; None trains every parameter.
         device: where the policy learns and acts: cpu, cuda or cuda:<number>.
         dtype: of the base weights, "float32" or "bfloat16"; None takes what the checkpoint asks for. An adapter is
@@ -163,7 +163,7 @@ def checkpoint_folder(checkpoint: str) -> Path:
 
 def settled(config: Config) -> Config:
     """The same run, with paths that do not depend on the present folder."""
-    checkpoint = config.policy.checkpoint
+    checkpoint = _with_scheme(config.policy.checkpoint)
     if not checkpoint.startswith(SCHEMES):
         checkpoint = str(Path(checkpoint).absolute())
     return replace(
@@ -175,7 +175,7 @@ def settled(config: Config) -> Config:
 
 
 def _named_folder(checkpoint: str) -> Path:
-    scheme, _, name = checkpoint.partition(":")
+    scheme, _, name = _with_scheme(checkpoint).partition(":")
     if scheme == "bundled":
         bundled = {path.name: path for path in (Path(__file__).parent / "checkpoints").iterdir() if path.is_dir()}
         if name not in bundled:
@@ -186,7 +186,7 @@ def _named_folder(checkpoint: str) -> Path:
     if not checkpoint or not Path(checkpoint).is_dir():
         hint = "give a folder or `bundled:metaworld-small`"
         if REPOSITORY.fullmatch(checkpoint):
-            hint = f"if it is on the Hugging Face hub, run `hf download {checkpoint}` and give hub:{checkpoint}"
+            hint = f"if it is on the Hugging Face hub, run `hf download {checkpoint}` first"
         raise PerennialError(f"The checkpoint folder {checkpoint!r} does not exist; {hint}.")
     return Path(checkpoint)
 
@@ -195,6 +195,17 @@ SCHEMES = ("bundled:", "hub:")
 """What a checkpoint begins with that is named rather than found at a path."""
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 """What the Hugging Face hub calls a repository."""
+
+
+def _with_scheme(checkpoint: str) -> str:
+    """`checkpoint`, with `hub:` before the name of a repository that is on this disk where no folder has that name."""
+    if not REPOSITORY.fullmatch(checkpoint) or Path(checkpoint).is_dir():
+        return checkpoint
+    try:
+        _downloaded_folder(checkpoint)
+    except PerennialError:
+        return checkpoint
+    return f"hub:{checkpoint}"
 
 
 def _downloaded_folder(repository: str) -> Path:

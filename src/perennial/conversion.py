@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICKLED = (".pt", ".pth", ".bin")
+INDEX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Convert:
         """Convert and print the new files."""
         for path in pickled_files(self.path):
             print(convert(path))
+        if self.path.is_dir() and (index := convert_index(self.path)) is not None:
+            print(index)
 
 
 def pickled_files(path: Path) -> list[Path]:
@@ -51,7 +55,7 @@ def convert(path: Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    target = path.with_suffix(".safetensors")
+    target = path.with_name(_safe_name(path.name))
     if target.exists():
         raise PerennialError(f"{target} exists already; move it away to convert {path.name} again.")
     tensors = _unpickle(path)
@@ -59,6 +63,29 @@ def convert(path: Path) -> Path:
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, half, metadata={"format": "pt"})
     half.replace(target)
     return target
+
+
+def convert_index(folder: Path) -> Path | None:
+    """Write the index of converted weights that were split among several files, where `folder` has one of pickles.
+
+    Raises:
+        PerennialError: the index cannot be read.
+    """
+    path, target = folder / f"pytorch_model.bin{INDEX}", folder / f"model.safetensors{INDEX}"
+    if not path.is_file() or target.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["weight_map"] = {name: _safe_name(file) for name, file in content["weight_map"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise PerennialError(f"{path} is no index of a checkpoint ({error!r}); copy it again.") from error
+    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def _safe_name(pickled: str) -> str:
+    """What a file is called once it is safetensors; transformers calls its weights by another name then."""
+    return Path(pickled).with_suffix(".safetensors").name.replace("pytorch_model", "model", 1)
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

@@ -264,6 +264,39 @@ def test_the_statistics_of_fine_tuning_take_the_place_of_the_models_own(folder):
     assert OpenVLAOFT.load(folder).config.action_dim == 1
 
 
+def test_a_checkpoint_without_statistics_is_refused(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_stats": None}))
+    with pytest.raises(PerennialError, match=r"no statistics of actions, .*copy the latter"):
+        OpenVLAOFT.load(folder)
+
+
+def test_a_tokenizer_with_other_action_tokens_is_refused(folder):
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    entries = content["model"]["vocab"]
+    size = len(entries)
+    content["added_tokens"].append({**content["added_tokens"][0], "id": size, "content": "<PAD>"})
+    path.write_text(json.dumps(content))
+    OpenVLAOFT.load(folder)  # what was added after the vocabulary's end, such as padding, does not count
+    entries["another"] = size
+    content["added_tokens"].pop()
+    path.write_text(json.dumps(content))
+    ranges = f"{size - 15} to {size}, but those of its config.json are {size - 16} to {size - 1};"
+    with pytest.raises(PerennialError, match=f"action tokens of the tokenizer in .* are {ranges}"):
+        OpenVLAOFT.load(folder)
+
+
+def test_states_of_another_robot_are_refused(folder):
+    tensors = {"fc1.weight": (32, 3), "fc1.bias": (32,), "fc2.weight": (32, 32), "fc2.bias": (32,)}
+    weights = {name: torch.zeros(shape) for name, shape in tensors.items()}
+    save_file(weights, folder / "proprio_projector--7_checkpoint.safetensors")
+    settings(folder, use_proprio=True)
+    other = example_observation(image_size=32, state_dim=4, rows=1)
+    with pytest.raises(PerennialError, match="reads 3 state numbers, but the observation has 4;"):
+        OpenVLAOFT.load(folder).act(other, 0.0, [None])
+
+
 def test_the_image_normalisation_is_the_processors(folder):
     path = folder / "preprocessor_config.json"
     values = json.loads(path.read_text())
@@ -281,6 +314,12 @@ def test_the_image_normalisation_is_the_processors(folder):
         ({"layuot": "rl"}, "no setting in .* 'layuot'. Did you mean layout"),
         ({"layout": "left"}, "layout is 'left' .* rl, official"),
         ({"towers": {"patch_size": 8}}, "towers in .* cannot be read"),
+        ({"chunk": "two"}, "chunk cannot be 'two' in "),
+        ({"hold": 0}, "hold cannot be 0 in "),
+        ({"views": True}, "views cannot be True in "),
+        ({"use_proprio": 1}, "use_proprio cannot be 1 in "),
+        ({"unnorm_key": 3}, "unnorm_key cannot be 3 in "),
+        ({"dtype": "float16"}, "dtype is 'float16' .* float32, bfloat16"),
         ({"use_proprio": True}, r"0 files proprio_projector--\*\.safetensors.*copy the published one"),
     ],
 )

@@ -142,7 +142,7 @@ def test_what_has_to_be_put_into_the_folder_is_said(folder):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"type": "act"}, "describes no pi0 policy"),
+        ({"type": "act"}, "checkpoint of 'act', which pi0 cannot read; choose one of pi0"),
         ({"chunk_size": 2}, "executed is 3, not between 1 and the horizon 2"),
         ({"normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "QUANTILES"}}, "only MEAN_STD is known"),
         ({"paligemma_variant": "gemma_9b"}, "gemma_9b"),
@@ -160,7 +160,10 @@ def test_damaged_folders_are_refused(folder):
     (folder / "model.safetensors").write_bytes(weights[:200])
     with pytest.raises(PerennialError, match="cannot be read"):
         PI0.load(folder)
-    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(PerennialError, match=r"pickled \(pytorch_model\.bin\).*`perennial convert "):
+        PI0.load(folder)
+    (folder / "pytorch_model.bin").unlink()
     with pytest.raises(PerennialError, match=r"has no model\.safetensors"):
         PI0.load(folder)
     with pytest.raises(PerennialError, match=r"config\.json"):

@@ -43,6 +43,30 @@ def test_a_gpu_without_bfloat16_is_refused(monkeypatch):
         check_placement("cuda:0", "bfloat16")
 
 
+def test_what_the_checkpoint_asks_for_is_checked_too(tmp_path, monkeypatch):
+    folder = write_openvla_checkpoint(tmp_path / "openvla", settings={"chunk": 2, "dtype": "bfloat16"})
+    seen = []
+    monkeypatch.setattr("perennial.policies._placement.check_placement", lambda *asked: seen.append(asked))
+    load_policy("openvla_oft", folder)
+    assert seen == [("cpu", None), ("cpu", "bfloat16")]
+
+
+def test_a_checkpoint_of_another_family_is_named(tmp_path):
+    tiny_policy().save(tmp_path / "pi0")
+    openvla = write_openvla_checkpoint(tmp_path / "openvla")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "config.json").write_text("{}")
+    for name, folder, sentence in (
+        ("openvla_oft", "pi0", "checkpoint of 'pi0', which openvla_oft cannot read; set --policy.name pi0"),
+        ("openvla", "pi0", "checkpoint of 'pi0', which openvla cannot read"),
+        ("smolvla", "pi0", "checkpoint of 'pi0', which smolvla cannot read"),
+        ("pi0", openvla.name, "checkpoint of 'openvla', which pi0 cannot read; set --policy.name openvla"),
+        ("openvla_oft", "none", "describes no policy; choose a checkpoint of openvla_oft"),
+    ):
+        with pytest.raises(PerennialError, match=sentence):
+            load_policy(name, tmp_path / folder)
+
+
 def test_only_policies_with_blocks_can_recompute(toy_checkpoint):
     config = toy_config(toy_checkpoint)
     with pytest.raises(PerennialError, match=r"cannot recompute activations; set --policy\.checkpointing false"):

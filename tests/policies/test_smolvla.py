@@ -107,7 +107,7 @@ def test_a_published_checkpoint_acts_like_the_policy_it_was_made_from(folder, po
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"type": "pi0"}, "describes no smolvla policy"),
+        ({"type": "pi0"}, "checkpoint of 'pi0', which smolvla cannot read; set --policy.name pi0"),
         ({"attention_mode": "self_attn"}, "only 'cross_attn' is known"),
         ({"num_expert_layers": 2}, "only 4 is known"),
         ({"vlm_model_name": "another/model"}, "SmolVLM2-500M in vlm_model_name is False"),

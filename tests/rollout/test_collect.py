@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from perennial.errors import PerennialError
 from perennial.policies.base import ActionChunk
 from perennial.rollout import collect
 from perennial.rollout.collect import FILM_EVERY, Environments, play
@@ -201,6 +202,19 @@ def test_greedy_episodes_draw_nothing():
     for one, other in zip(played(greedy, seed=0), played(greedy, seed=1), strict=True):
         assert_equal(one, other)
         assert not one.log_probs.any()
+
+
+class Wide(Straight):
+    """Decides three numbers where the suite takes two."""
+
+    def act(self, observation, temperature, rng):
+        chunk = super().act(observation, temperature, rng)
+        return replace(chunk, actions=np.pad(chunk.actions, ((0, 0), (0, 0), (0, 1))))
+
+
+def test_actions_of_another_robot_are_refused():
+    with pytest.raises(PerennialError, match="decides 3 numbers for an action, but the task 'left' takes 2;"):
+        played(REQUESTS[1:2], policy=Wide())
 
 
 def test_no_requests_give_no_trajectories():

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from perennial.conversion import PICKLED
 from perennial.errors import PerennialError
 from perennial.merging.state_dicts import BLOCK
 
@@ -164,10 +165,26 @@ def _weight_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
         return files, names
     single = path / "model.safetensors"
     found = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+    if not found:
+        refuse_pickles(path)
     if len(found) != 1:
         what = "no safetensors checkpoint" if not found else f"{len(found)} safetensors files and no index"
         raise PerennialError(f"There is {what} in {path}; give the folder of a model, or the file itself.")
     return found, None
+
+
+def refuse_pickles(folder: Path) -> None:
+    """See that a folder without safetensors files has no other weights either.
+
+    Raises:
+        PerennialError: it has pickled ones, which can hide code.
+    """
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED) if folder.is_dir() else []
+    if pickled:
+        raise PerennialError(
+            f"The weights in {folder} are pickled ({', '.join(pickled[:3])}), which can hide code and is not opened "
+            f"here; convert them by `perennial convert {folder}`."
+        )
 
 
 def read_header(file: Path) -> tuple[bytes, dict[str, Entry]]:

@@ -84,8 +84,20 @@ def read_description(folder: Path, chunk: int, regression: bool = False) -> tupl
     settings = read_settings(folder)
     tokenizer = _read_tokenizer(folder)
     config = read_config(folder, settings, chunk, tokenizer.token_to_id(EMPTY_TOKEN))
+    _check_action_tokens(folder, tokenizer, config)
     config = replace(config, regression=regression)
     return Source(folder, settings), config, tokenizer
+
+
+def _check_action_tokens(folder: Path, tokenizer: Tokenizer, config: OpenVLAOFTConfig) -> None:
+    """See that the last entries of the tokenizer, which stand for actions, are those that config.json means."""
+    size = tokenizer.get_vocab_size(with_added_tokens=False)
+    if size != config.vocab_size:
+        ranges = [f"{end - config.action_bins} to {end - 1}" for end in (size, config.vocab_size)]
+        raise PerennialError(
+            f"The action tokens of the tokenizer in {folder} are {ranges[0]}, but those of its config.json are "
+            f"{ranges[1]}; copy the tokenizer.json that belongs to it."
+        )
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

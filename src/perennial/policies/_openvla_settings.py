@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_type_hints
 
 from perennial.errors import PerennialError, unknown
 from perennial.policies._openvla_oft_config import (
@@ -72,7 +73,7 @@ class Settings:
     camera_size: int | None = None
     gripper: Literal["unchanged", "libero"] = "unchanged"
     max_prompt_length: int = 128
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     towers: Towers | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -84,7 +85,7 @@ class Settings:
 CHOICES = {
     "layout": ("rl", "official"),
     "gripper": ("unchanged", "libero"),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": ("float32", "bfloat16"),
 }
 
 
@@ -120,6 +121,8 @@ def read_settings(folder: Path) -> Settings:
             raise unknown(f"setting in {path}", name, (f.name for f in fields(Settings)))
         if name in CHOICES and value not in CHOICES[name]:
             raise PerennialError(f"{name} is {value!r} in {path}; choose one of {', '.join(CHOICES[name])}.")
+        if not _fits(value, get_type_hints(Settings)[name]):
+            raise PerennialError(f"{name} cannot be {value!r} in {path}; see docs/models.md for its values.")
     try:
         if values.get("towers") is not None:
             parts = {name: read(Tower, values["towers"][name]) for name in ("dino", "siglip")}
@@ -127,6 +130,15 @@ def read_settings(folder: Path) -> Settings:
         return Settings(**values)
     except (KeyError, TypeError) as error:
         raise PerennialError(f"towers in {path} cannot be read ({error}); correct it.") from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a number, text or truth value is one of `kind`; numbers are counts. Others are read later."""
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    plain = {int, bool, str} & set(kinds)
+    if not plain or (value is None and type(None) in kinds):
+        return True
+    return type(value) in plain and (type(value) is not int or value > 0)
 
 
 def read_config(folder: Path, settings: Settings, chunk: int, empty_token_id: int | None) -> OpenVLAOFTConfig:
@@ -242,7 +254,12 @@ def _normalised(folder: Path, towers: Towers) -> Towers:
 def _statistics(folder: Path, published: Mapping[str, Any], settings: Settings) -> NormStats:
     """The chosen statistics; those of fine-tuning, if there are any, take the place of the model's own."""
     path = folder / "dataset_statistics.json"
-    known = read_json(path) if path.is_file() else published["norm_stats"]
+    known = read_json(path) if path.is_file() else published.get("norm_stats")
+    if not known:
+        raise PerennialError(
+            f"{folder} has no statistics of actions, neither norm_stats in config.json nor dataset_statistics.json; "
+            "copy the latter from the training run into it."
+        )
     key = settings.unnorm_key or (next(iter(known)) if len(known) == 1 else None)
     if key is None:
         example = json.dumps({"unnorm_key": next(iter(known), "")})

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from perennial.errors import PerennialError
+from perennial.merging.tensor_files import refuse_pickles
+from perennial.policies._families import wrong_family
 from perennial.policies._pi0_config import GEMMA, Exploration, Moments, PI0Config, Vision
 from perennial.policies._pi0_noise import PREFIX
 from perennial.policies._tensors import SHOWN
@@ -68,6 +70,7 @@ def read_weights(
     """
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
+        refuse_pickles(folder)
         raise PerennialError(f"The checkpoint {folder} has no model.safetensors; copy the folder again.")
     wanted = {rename(name): parameter for name, parameter in network.named_parameters()}
     found: set[str] = set()
@@ -131,7 +134,7 @@ def read_layouts(
             return from_lerobot(values, *statistics(folder))
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise PerennialError(f"config.json in {folder} cannot be used ({error!r}); copy the folder again.") from error
-    raise PerennialError(f"config.json in {folder} describes no {kind} policy; choose a {kind} checkpoint.")
+    raise wrong_family(folder, values, kind)
 
 
 def shared_fields(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,7 +62,10 @@ def load_policy(name: str, checkpoint: Path, device: str = "cpu", dtype: DType |
     """
     check_placement(device, dtype)
     kind = discovery.find("policies", name, Policy)
-    return kind.load(checkpoint, getattr(torch, dtype) if dtype else None, device)
+    policy = kind.load(checkpoint, getattr(torch, dtype) if dtype else None, device)
+    if next(policy.model.parameters()).dtype == torch.bfloat16:  # which the checkpoint may have asked for
+        check_placement(device, "bfloat16")
+    return policy
 
 
 def recompute_blocks(policy: Policy) -> None:

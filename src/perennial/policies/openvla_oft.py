@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _images, _openvla_anatomy, _openvla_published, _softmax, _tokenizer
+from perennial.policies import _images, _openvla_anatomy, _openvla_published, _openvla_settings, _softmax, _tokenizer
 from perennial.policies._anatomy import Anatomy
+from perennial.policies._families import wrong_family
 from perennial.policies._groups import by_prefix
 from perennial.policies._openvla_oft_config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
 from perennial.policies._placement import module_lists
@@ -186,6 +187,11 @@ class OpenVLAOFT(Policy):
         )
         state = np.zeros((len(observation), 0))
         if config.use_proprio and config.norm_stats.proprio is not None:
+            if observation.states.shape[1] != config.state_dim:
+                raise PerennialError(
+                    f"The policy reads {config.state_dim} state numbers, but the observation has "
+                    f"{observation.states.shape[1]}; choose a checkpoint that was trained on this suite."
+                )
             state = np.clip(_normalise(observation.states, config.norm_stats.proprio), -1, 1)
         dtype = next(self.model.parameters()).dtype
         prepared = _images.cropped if config.center_crop else _images.stretched
@@ -221,21 +227,19 @@ class OpenVLAOFT(Policy):
     def _load_own(cls, folder: Path, dtype: torch.dtype, device: str) -> Self:
         from tokenizers import Tokenizer
 
-        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        content = _openvla_settings.read_json(folder / "config.json")
+        if "openvla_oft" not in content or content.get("policy", cls.name) != cls.name:
+            raise wrong_family(folder, content, cls.name)
+        for name in ("tokenizer.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise PerennialError(f"The checkpoint {folder} has no {name}; copy the folder again.")
         try:
-            content = json.loads((folder / "config.json").read_text())
             config = OpenVLAOFTConfig.from_json(content["openvla_oft"])
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers raises bare Exception
             raise PerennialError(
                 f"config.json or tokenizer.json in {folder} cannot be read ({error!r}); copy the folder again."
             ) from error
-        if content.get("policy", cls.name) != cls.name:
-            raise PerennialError(
-                f"{folder} was written by the policy {content['policy']!r}; set --policy.name {content['policy']}."
-            )
         model = _network(config, "unset")
         read_tensors(folder / "model.safetensors", model)
         for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from perennial.errors import PerennialError
 from perennial.policies.base import ActionChunk, Observation, Policy
 from perennial.randomness import stream
 from perennial.rollout.trajectory import Episode, Trajectory
@@ -136,6 +137,12 @@ def _observe(active: Sequence[_Slot]) -> Observation:
 def _execute(slot: _Slot, chunk: ActionChunk, row: int) -> None:
     """Carry out one chunk open loop, until its end or the end of the episode."""
     executed = 0
+    said, wanted = chunk.actions.shape[2:], slot.environment.action_space.shape
+    if said != wanted:
+        raise PerennialError(
+            f"The policy decides {said[0]} numbers for an action, but the task {slot.episode.task!r} takes "
+            f"{wanted and wanted[0]}; choose a checkpoint that was trained on this suite."
+        )
     for action in chunk.actions[row]:
         slot.state, _, terminated, truncated, info = slot.environment.step(action)
         executed += 1

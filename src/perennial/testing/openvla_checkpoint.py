@@ -81,7 +81,7 @@ def write_openvla_checkpoint(
         seed: names the weights.
     """
     folder.mkdir(parents=True)
-    words = _write_tokenizer(folder, instructions)
+    entries = _write_tokenizer(folder, instructions, action_bins)
     config = {
         "architectures": ["OpenVLAForActionPrediction"],
         "model_type": "openvla",
@@ -96,10 +96,10 @@ def write_openvla_checkpoint(
         "hf_llm_id": "meta-llama/Llama-2-7b-hf",
         "llm_max_length": 2048,
         "n_action_bins": action_bins,
-        "pad_token_id": words + action_bins,
+        "pad_token_id": entries,
         "pad_to_multiple_of": PADDING,
         "norm_stats": statistics,
-        "text_config": {"model_type": "llama", "vocab_size": words + action_bins + PADDING, **(text or TINY_TEXT)},
+        "text_config": {"model_type": "llama", "vocab_size": entries + PADDING, **(text or TINY_TEXT)},
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     _write_json(folder / "config.json", config)
@@ -109,8 +109,12 @@ def write_openvla_checkpoint(
     return folder
 
 
-def _write_tokenizer(folder: Path, instructions: Sequence[str]) -> int:
-    """A byte-pair tokenizer with Llama-2's first ids and blanks; returns its vocabulary's size."""
+def _write_tokenizer(folder: Path, instructions: Sequence[str], action_bins: int) -> int:
+    """A byte-pair tokenizer with Llama-2's first ids and blanks, whose last entries occur in no text.
+
+    Returns:
+        The size of its vocabulary.
+    """
     from tokenizers import Tokenizer, normalizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -119,13 +123,15 @@ def _write_tokenizer(folder: Path, instructions: Sequence[str]) -> int:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     trainer = BpeTrainer(vocab_size=160, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
     tokenizer.train_from_iterator([prompt(text) for text in instructions], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    content = json.loads(tokenizer.to_str())
+    entries = content["model"]["vocab"]
+    entries |= {f"<action {number}>": len(entries) + number for number in range(action_bins)}
+    _write_json(folder / "tokenizer.json", content)
     _write_json(
         folder / "tokenizer_config.json",
         {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "padding_side": "right"},
     )
-    size: int = tokenizer.get_vocab_size()
-    return size
+    return len(entries)
 
 
 def _preprocessor(towers: Towers, image_size: int) -> dict[str, Any]:
