@@ -12,6 +12,7 @@ from perennial.errors import PerennialError
 from perennial.merging.groups import group_of
 from perennial.policies import _pi0_checkpoint, _pi0_config
 from perennial.policies._pi0_model import PI0Network
+from perennial.policies.lora import LoRA, add_adapter
 from perennial.policies.pi0 import PI0
 from perennial.randomness import stream
 from perennial.testing.policy_conformance import example_observation
@@ -104,6 +105,83 @@ def test_its_weights_may_be_split_and_hold_the_embedding_twice(folder, policy):
         save_file({name: tensors[name].clone() for name in some}, folder / f"model-0000{part}-of-00002.safetensors")
     (folder / "model.safetensors").unlink()
     np.testing.assert_allclose(greedy(PI0.load(folder)), greedy(policy), atol=1e-6)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
+
+
+def split(folder):
+    """Deal the tensors out among two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    files = {f"model-0000{n}-of-00002.safetensors": names[n - 1 :: 2] for n in (1, 2)}
+    for file, some in files.items():
+        save_file({name: tensors[name] for name in some}, folder / file)
+    places = {name: file for file, some in files.items() for name in some}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2))
+    (folder / "model.safetensors").unlink()
+
+
+def tensors_by_file(folder):
+    return {path.name: load_file(path) for path in sorted(folder.glob("model*.safetensors"))}
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_what_was_read_from_lerobots_layout_is_written_in_it(folder, files, tmp_path):
+    if files == 2:
+        split(folder)
+    (folder / "README.md").write_text("words")
+    (folder / "training_state.pt").write_bytes(b"a pickle")
+    policy = PI0.load(folder)
+    again = tmp_path / "again"
+    policy.save(again)
+    before = contents(folder)
+    del before["training_state.pt"]
+    left, found = (
+        {name: json.loads(text) if "index" in name else text for name, text in all_.items()}
+        for all_ in (before, contents(again))
+    )
+    assert {name: found[name] for name in left} == left
+    stored, written = tensors_by_file(folder), tensors_by_file(again)
+    assert written.keys() == stored.keys()
+    for file, tensors in stored.items():
+        assert written[file].keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert written[file][name].dtype == tensor.dtype
+            assert torch.equal(written[file][name], tensor), name
+    add_adapter(policy, LoRA(rank=2), 0)
+    with torch.no_grad():
+        for parameter in policy.trainable().values():
+            parameter += 0.05
+    policy.save(tmp_path / "taught", torch.bfloat16)
+    taught = PI0.load(tmp_path / "taught")
+    for name, weight in policy.acting_weights().items():
+        assert torch.equal(dict(taught.model.named_parameters())[name], weight.bfloat16().float()), name
+    policy.save(tmp_path / "exact")
+    np.testing.assert_allclose(greedy(PI0.load(tmp_path / "exact")), greedy(policy), atol=1e-4)
+
+
+def test_the_network_of_flow_noise_is_written_beside_what_was_published(folder, tmp_path):
+    split(folder)
+    values = json.loads((folder / "config.json").read_text())
+    noise = {"steps": "all", "method": "noise", "lowest": 0.2, "highest": 0.6}
+    (folder / "config.json").write_text(json.dumps(values | {"exploration": noise}))
+    policy = PI0.load(folder)
+    with torch.no_grad():
+        policy.model.noise_network.fc2.bias.fill_(0.25)
+    policy.save(tmp_path / "again")
+    again = PI0.load(tmp_path / "again").model.noise_network
+    assert torch.equal(again.fc2.bias, policy.model.noise_network.fc2.bias)
+    index = json.loads((tmp_path / "again" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index == {n: file for file, all_ in tensors_by_file(tmp_path / "again").items() for n in all_}
+
+
+def test_a_source_that_has_changed_is_not_written_from(folder, tmp_path):
+    policy = PI0.load(folder)
+    add(folder, {"stray.weight": torch.zeros(1)})
+    with pytest.raises(PerennialError, match="has changed since it was read"):
+        policy.save(tmp_path / "again")
 
 
 def test_openpis_statistics_come_first(folder, policy):

@@ -104,6 +104,25 @@ def test_a_published_checkpoint_acts_like_the_policy_it_was_made_from(folder, po
     np.testing.assert_array_equal(greedy(loaded), greedy(policy))
 
 
+def test_it_is_written_as_it_was_read(folder, tmp_path):
+    SmolVLA.load(folder).save(tmp_path / "again")
+    stored, written = (load_file(where / "model.safetensors") for where in (folder, tmp_path / "again"))
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in stored.items())
+    for name in ("config.json", "norm_stats.json", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_how_it_explores_is_read_from_the_folder_and_flow_noise_is_refused(folder):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"exploration": {"steps": "all", "level": 0.3}}))
+    assert SmolVLA.load(folder).config.exploration.level == 0.3
+    path.write_text(json.dumps(values | {"exploration": {"steps": "all", "method": "noise"}}))
+    with pytest.raises(PerennialError, match="method is 'noise', but only 'sde' is known"):
+        SmolVLA.load(folder)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.policies import _flow, _tokenizer
+from perennial.policies import _flow, _lerobot_layout, _tokenizer
 from perennial.policies._pi0_config import Moments, PI0Config
 from perennial.policies._tensors import write_tensors
 from perennial.policies._value_head import new_value_head
@@ -51,12 +51,16 @@ class FlowPolicy(Policy):
 
     Attributes:
         tokenizer_of: the repository whose tokenizer a checkpoint needs.
+        names: of the tensors in published files.
+        source: the folder in LeRobot's layout that the policy was read from.
     """
 
     tokenizer_of: ClassVar[str]
+    names: ClassVar[_lerobot_layout.Names]
 
-    def __init__(self, config: PI0Config, tokenizer: Tokenizer, model: Any) -> None:
+    def __init__(self, config: PI0Config, tokenizer: Tokenizer, model: Any, source: Path | None = None) -> None:
         self.config = config
+        self.source = source
         self.tokenizer = tokenizer
         self.model = model.eval()
         self.groups: Mapping[str, Sequence[str]] = model.groups()
@@ -206,25 +210,23 @@ class FlowPolicy(Policy):
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Self:
         """Load a checkpoint of ours or in LeRobot's layout; the weights become `dtype` (float32)."""
-        from tokenizers import Tokenizer
-
         config = cls._read_config(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise PerennialError(
-                f"The checkpoint {folder} has no tokenizer.json; put that of {cls.tokenizer_of} into it."
-            )
-        try:
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise PerennialError(f"tokenizer.json in {folder} cannot be read ({error!r}); copy it again.") from error
+        tokenizer = _tokenizer.read_tokenizer(folder, f"put that of {cls.tokenizer_of} into it")
         model = cls._build(config, random=False)
         for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions
             parameter.data = parameter.data.to(dtype or torch.float32)
-        cls._read_weights(folder, model)
-        return cls(config, tokenizer, model.to(device))
+        _lerobot_layout.read_weights(folder, model, cls.names)
+        published = _lerobot_layout.is_published(folder, cls.name)
+        return cls(config, tokenizer, model.to(device), folder if published else None)
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are)."""
+        """Write the base checkpoint, an adapter merged in, with weights of `dtype` (default: as they are).
+
+        A policy that was read from LeRobot's layout is written in it.
+        """
+        if self.source is not None:
+            _lerobot_layout.write(folder, self.source, self.model, self.names, dtype or self._network.dtype)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"policy": self.name, self.name: self.config.to_json()}, indent=2)
         (folder / "config.json").write_text(content + "\n")
@@ -249,11 +251,6 @@ class FlowPolicy(Policy):
     @abstractmethod
     def _read_config(cls, folder: Path) -> PI0Config:
         """The sizes of a checkpoint."""
-
-    @classmethod
-    @abstractmethod
-    def _read_weights(cls, folder: Path, model: nn.Module) -> None:
-        """Fill `model` from the checkpoint."""
 
     @abstractmethod
     def _prefix(self, observation: Observation) -> Any:

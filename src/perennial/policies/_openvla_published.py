@@ -34,6 +34,7 @@ from perennial.policies._openvla_keys import (
 from perennial.policies._openvla_oft_config import OpenVLAOFTConfig
 from perennial.policies._openvla_settings import SETTINGS, Settings, read_config, read_json, read_settings
 from perennial.policies._tensors import refuse_mismatch
+from perennial.policies._tokenizer import read_tokenizer
 from perennial.policies.lora import base_shapes, merged_weights
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def read_description(folder: Path, chunk: int, regression: bool = False) -> tupl
             "imitate with --policy.name openvla_oft_l1."
         )
     settings = read_settings(folder)
-    tokenizer = _read_tokenizer(folder)
+    tokenizer = read_tokenizer(folder, "copy or download the folder again")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     config = read_config(folder, settings, chunk, tokenizer.token_to_id(EMPTY_TOKEN))
     _check_action_tokens(folder, tokenizer, config)
     config = replace(config, regression=regression)
@@ -98,21 +101,6 @@ def _check_action_tokens(folder: Path, tokenizer: Tokenizer, config: OpenVLAOFTC
             f"The action tokens of the tokenizer in {folder} are {ranges[0]}, but those of its config.json are "
             f"{ranges[1]}; copy the tokenizer.json that belongs to it."
         )
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise PerennialError(f"The checkpoint {folder} has no tokenizer.json; copy or download the folder again.")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise PerennialError(f"{path} cannot be read ({error}); copy or download the folder again.") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def read_weights(

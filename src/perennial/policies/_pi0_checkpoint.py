@@ -13,16 +13,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from perennial.errors import PerennialError
-from perennial.merging.tensor_files import refuse_pickles
 from perennial.policies._families import wrong_family
+from perennial.policies._lerobot_layout import Names
 from perennial.policies._pi0_config import GEMMA, Exploration, Moments, PI0Config, Vision
-from perennial.policies._pi0_noise import PREFIX
-from perennial.policies._tensors import SHOWN
 
 C = TypeVar("C", bound=PI0Config)
 
@@ -50,58 +46,7 @@ def module_name(published: str) -> str:
     return published
 
 
-@torch.no_grad()
-def read_weights(
-    folder: Path,
-    network: nn.Module,
-    rename: Callable[[str], str] = module_name,
-    unused: re.Pattern[str] = UNUSED,
-) -> None:
-    """Fill every parameter of `network` from the safetensors files in `folder`, one memory-mapped tensor at a time.
-
-    Args:
-        folder: of the checkpoint.
-        network: whose parameters are filled.
-        rename: gives the parameter that a tensor of a published or own file belongs to.
-        unused: finds in its name what is read by nothing.
-
-    Raises:
-        PerennialError: a file is damaged, or tensors are missing, unexpected or of another shape.
-    """
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        refuse_pickles(folder)
-        raise PerennialError(f"The checkpoint {folder} has no model.safetensors; copy the folder again.")
-    wanted = {rename(name): parameter for name, parameter in network.named_parameters()}
-    found: set[str] = set()
-    problems: list[str] = []
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118
-                    name = rename(key)
-                    if unused.search(name):
-                        continue
-                    shape = tuple(file.get_slice(key).get_shape())
-                    if name not in wanted:
-                        problems.append(f"has unexpected {key}")
-                    elif shape != tuple(wanted[name].shape):
-                        problems.append(f"has {key} of shape {list(shape)} instead of {list(wanted[name].shape)}")
-                    elif name not in found:  # the word head and the embedding are one tensor
-                        wanted[name].copy_(file.get_tensor(key))
-                    found.add(name)
-        except (SafetensorError, OSError) as error:
-            raise PerennialError(f"{path} cannot be read ({error}); copy the checkpoint again.") from error
-    learned = {name for name in wanted if name.startswith(PREFIX)}
-    lacking = wanted.keys() - found - (set() if learned & found else learned)  # which begins anew where it is unknown
-    problems += [f"lacks {name}" for name in sorted(lacking)]
-    _refuse(folder, problems)
-
-
-def _refuse(folder: Path, problems: list[str]) -> None:
-    if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise PerennialError(f"{folder} {', '.join(problems[:SHOWN])}{more}; it does not fit its config.json.")
+NAMES = Names(module_name, UNUSED)
 
 
 def read_config(folder: Path) -> PI0Config:
@@ -152,6 +97,7 @@ def shared_fields(values: Mapping[str, Any]) -> dict[str, Any]:
         "max_state_dim": values["max_state_dim"],
         "max_action_dim": values["max_action_dim"],
         "max_prompt_length": values["tokenizer_max_length"],
+        "exploration": Exploration(**values.get("exploration", {})),
     }
 
 
@@ -166,7 +112,6 @@ def _from_lerobot(values: Mapping[str, Any], state: Moments, action: Moments) ->
         expert=GEMMA[values["action_expert_variant"]],
         image_size=values["image_resolution"][0],
         denoising_steps=values["num_inference_steps"],
-        exploration=Exploration(**values.get("exploration", {})),
         **shared_fields(values),
         **PUBLISHED,
     )

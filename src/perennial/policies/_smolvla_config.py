@@ -36,6 +36,11 @@ class SmolVLAConfig(PI0Config):
     shuffle: int = 4
     self_attention_every: int = 2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.exploration.method != "sde":
+            raise ValueError(f"exploration.method is {self.exploration.method!r}, but only 'sde' is known")
+
 
 def small_config(words: int, state: Moments, action: Moments, **changes: Any) -> SmolVLAConfig:
     """The same architecture, small enough for one CPU thread.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +36,23 @@ def train_tokenizer(instructions: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = splitter
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
     return tokenizer
+
+
+def read_tokenizer(folder: Path, advice: str) -> Tokenizer:
+    """The tokenizer of a checkpoint, from its tokenizer.json.
+
+    Raises:
+        PerennialError: the file is missing, where `advice` says what to do, or damaged.
+    """
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise PerennialError(f"The checkpoint {folder} has no tokenizer.json; {advice}.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise PerennialError(f"{path} cannot be read ({error}); copy the file again.") from error
 
 
 def tokenize(

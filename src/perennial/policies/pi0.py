@@ -16,6 +16,7 @@ from perennial.errors import PerennialError
 from perennial.policies import _images, _pi0_anatomy, _pi0_checkpoint, _tokenizer
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._flow_policy import FlowPolicy
+from perennial.policies._lerobot_layout import Names
 from perennial.policies._pi0_config import Exploration, Moments, PI0Config, small_config
 from perennial.policies._placement import module_lists
 from perennial.policies.base import Observation
@@ -31,6 +32,7 @@ class PI0(FlowPolicy):
 
     name: ClassVar[str] = "pi0"
     tokenizer_of: ClassVar[str] = "google/paligemma-3b-pt-224"
+    names: ClassVar[Names] = _pi0_checkpoint.NAMES
 
     @classmethod
     def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
@@ -59,10 +61,6 @@ class PI0(FlowPolicy):
     @classmethod
     def _read_config(cls, folder: Path) -> PI0Config:
         return _pi0_checkpoint.read_config(folder)
-
-    @classmethod
-    def _read_weights(cls, folder: Path, model: nn.Module) -> None:
-        _pi0_checkpoint.read_weights(folder, model)
 
     def _prefix(self, observation: Observation) -> Any:
         return self._network.prefix(*self._seen(observation))

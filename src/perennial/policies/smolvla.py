@@ -15,9 +15,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from perennial.errors import PerennialError
-from perennial.policies import _images, _pi0_checkpoint, _smolvla_anatomy, _smolvla_config
+from perennial.policies import _images, _smolvla_anatomy, _smolvla_config
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._flow_policy import FlowPolicy
+from perennial.policies._lerobot_layout import Names
 from perennial.policies._pi0_config import Moments
 from perennial.policies._smolvla_config import UNUSED, SmolVLAConfig, small_config
 from perennial.policies.base import Observation
@@ -33,6 +34,7 @@ class SmolVLA(FlowPolicy):
 
     name: ClassVar[str] = "smolvla"
     tokenizer_of: ClassVar[str] = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+    names: ClassVar[Names] = Names(lambda name: name.removeprefix("model."), re.compile(UNUSED))
 
     @classmethod
     def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
@@ -71,7 +73,3 @@ class SmolVLA(FlowPolicy):
     @classmethod
     def _read_config(cls, folder: Path) -> SmolVLAConfig:
         return _smolvla_config.read_config(folder)
-
-    @classmethod
-    def _read_weights(cls, folder: Path, model: nn.Module) -> None:
-        _pi0_checkpoint.read_weights(folder, model, lambda name: name.removeprefix("model."), re.compile(UNUSED))
