@@ -127,6 +127,15 @@ def test_ppo_is_refused_where_the_policy_has_no_values(config, monkeypatch):
         validate(critic)
 
 
+def test_what_a_strategy_chooses_to_act_is_not_the_learner_itself(config):
+    shared = overrides.apply(config, {"workers.backend": "shared"})
+    assert validate(shared) is shared
+    with pytest.raises(
+        PerennialError, match=r"^'expansion' chooses the weights that act, .*set --workers\.backend inl"
+    ):
+        validate(overrides.apply(shared, {"strategies": "expansion"}))
+
+
 def test_checkpoints_are_folders_or_come_with_perennial(tmp_path, monkeypatch):
     assert checkpoint_folder(str(tmp_path)) == tmp_path
     (tmp_path / "checkpoints" / "tiny").mkdir(parents=True)

@@ -285,6 +285,16 @@ def test_every_parameter_can_learn_without_an_adapter(config, tmp_path, toy_chec
     assert not (run / "tasks" / "02-right" / "adapter").exists()
 
 
+def test_a_learner_that_plays_itself_does_what_its_copy_does(config, tmp_path, no_report):
+    """Bit for bit where there is no adapter, whose merging would round."""
+    full = replace(config, policy=replace(config.policy, adapter=None))
+    copied, shared = (
+        experiment.start(replace(full, workers=replace(full.workers, backend=name)), "toy", tmp_path / name)
+        for name in ("inline", "shared")
+    )
+    assert essence(shared) == essence(copied)
+
+
 def test_a_stage_moves_only_the_groups_that_learn(config, tmp_path, toy_checkpoint, no_report):
     (grpo,) = config.recipe
     stages = (replace(grpo, iterations=1, learns=("action",)), replace(grpo, iterations=1, learns=("vision",)))

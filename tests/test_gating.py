@@ -128,6 +128,18 @@ def test_what_forgets_nothing_passes_with_few_episodes(able, tmp_path):
     }
 
 
+def test_a_learner_that_plays_itself_is_judged_as_its_copy_is(able, tmp_path):
+    gate = Gate(max_forgetting=10, pairs=8, held_out=1)
+    found = []
+    for backend in ("inline", "shared"):
+        made = config(able, strategies=(Harmful(),), gate=gate)
+        policy, workers = replace(made.policy, adapter=None), replace(made.workers, backend=backend)
+        found.append(
+            essence(experiment.start(replace(made, policy=policy, workers=workers), "toy", tmp_path / backend))
+        )
+    assert found[0] == found[1]
+
+
 def test_the_report_shows_every_trial(able, tmp_path, capsys, monkeypatch):
     run = experiment.start(config(able, strategies=(Harmful(strength=30.0),)), "toy", tmp_path / "run")
     told = summary.report_json(run)["gates"]

@@ -26,6 +26,7 @@ from perennial.policies.base import Policy
 from perennial.policies.lora import LoRA
 from perennial.rollout.workers import WorkerConfig
 from perennial.storage.atomic import MANIFEST, verify
+from perennial.strategies import Strategies
 from perennial.strategies.base import Strategy
 from perennial.suites.base import Suite, require_known
 
@@ -299,6 +300,11 @@ def _check_strategies(config: Config, policy: type[Policy]) -> None:
         owners = [part.name for part in config.strategies if getattr(type(part), hook) is not getattr(Strategy, hook)]
         if len(owners) > 1:
             raise PerennialError(f"The strategies {' and '.join(owners)} all {what}; keep one of them.")
+    if config.workers.backend == "shared" and (chooser := Strategies(config.strategies).chooser) is not None:
+        raise PerennialError(
+            f"{chooser.name!r} chooses the weights that act, but --workers.backend shared acts with those that learn; "
+            "set --workers.backend inline."
+        )
     if len(set(map(type, config.strategies))) < len(config.strategies):
         names = ",".join(strategy.name for strategy in config.strategies)
         raise PerennialError(f"--strategies is {names!r}, but each of them may be chosen once.")

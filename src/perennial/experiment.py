@@ -147,7 +147,7 @@ def _collect(
     first: int = 0,
 ) -> list[Trajectory]:
     """Play sampled training episodes after phase `phase`, for a strategy; see `strategies.base.Collect`."""
-    session.workers.broadcast(session.policy.acting_weights())
+    session.workers.follow(session.policy)
     played = learned if task is None else session.suite.tasks[task]
     temperature, place = session.config.evaluation.temperature, () if variant == "id" else (variant,)
     episodes = [
@@ -192,7 +192,7 @@ def _evaluate_row(session: Session, row: int) -> None:
         begun = time.monotonic()
         session.display.begin(f"evaluating {cell.task} ({cell.decoder})")
         task = session.suite.tasks[cell.task]
-        session.workers.broadcast(session.strategies.policy_for(task, session.policy))
+        _cast(session, task)
         temperature = config.temperature if cell.decoder == "sampled" else 0.0
         episodes = evaluation_episodes(task, cell.variant, config.episodes, temperature)
         played = session.workers.collect(episodes, session.display.episode)
@@ -207,6 +207,14 @@ def _evaluate_row(session: Session, row: int) -> None:
             _film(session, row, session.suite.tasks[name])
     _say_row(session, row)
     page.write(session.folder.path)
+
+
+def _cast(session: Session, task: Task) -> None:
+    """Have the workers act in `task` as was learned, or with the weights that a strategy chose for it."""
+    if session.strategies.chooser is None:
+        session.workers.follow(session.policy)
+    else:
+        session.workers.broadcast(session.strategies.policy_for(task, session.policy))
 
 
 def _say_row(session: Session, row: int) -> None:
@@ -225,7 +233,7 @@ def _film(session: Session, row: int, task: Task) -> None:
     target = session.folder.path / "videos" / f"{row:02d}" / f"{task.name}.mp4"
     if not target.exists():
         session.display.begin(f"filming {task.name}")
-        session.workers.broadcast(session.strategies.policy_for(task, session.policy))
+        _cast(session, task)
         episode = replace(evaluation_episodes(task, "id", 1, 0.0)[0], film=session.config.evaluation.film)
         played = session.workers.collect([episode])[0]
         video.encode(played.frames, target, fps=20)

@@ -62,8 +62,8 @@ def pass_gate(session: Session, phase: int) -> None:
         nonlocal steps
         session.display.begin(f"gate after {label(config.phases[phase])} (scale {scale:g})")
         with looking_through(policy, weights(scale)):
-            session.workers.broadcast(policy.acting_weights())
-        played = session.workers.collect(_episodes(config, phase, tasks, rounds))
+            session.workers.follow(policy)
+            played = session.workers.collect(_episodes(config, phase, tasks, rounds))
         faults.point("gate")
         session.stop_if_asked()
         steps += sum(int(t.steps.sum()) for t in played)

@@ -22,7 +22,7 @@ from perennial.policies._learned import load_learned, save_learned
 from perennial.policies._placement import load_policy, recompute_blocks
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
-from perennial.rollout.workers import Cast, Workers, start_workers
+from perennial.rollout.workers import Cast, Workers, start_beside
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
 from perennial.storage.tensors import load_optimizer, load_tensors, save_optimizer, save_tensors
@@ -125,7 +125,7 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     display = stack.enter_context(Display(total_episodes(config), done_episodes(config, folder, cursor)))
     interrupt = stack.enter_context(TwoStageInterrupt())
     cast = Cast(config.suite, chosen.name, checkpoint, config.seed, chosen.device, chosen.dtype)
-    workers = start_workers(config.workers, cast, policy.acting_weights())
+    workers = start_beside(config.workers, cast, policy)
     stack.callback(workers.close)
     trackers = tuple(discovery.find("tracking", name, Tracker).open(folder.path) for name in config.trackers)
     for tracker in trackers:

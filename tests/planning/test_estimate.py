@@ -114,6 +114,16 @@ def test_switches_are_turned_until_it_fits_and_no_further():
     assert estimate.switches(heavy, BY_NAME["RTX 4090 24 GB"].room) is None
 
 
+def test_a_learner_that_acts_itself_needs_no_copy():
+    own = replace(OFT, lent=True)
+    saved = estimate.memory(OFT).always - estimate.memory(own).always
+    assert saved == estimate.memory(OFT).weights
+    assert estimate.memory(own).broadcast == 0
+    assert estimate.memory(own).acting == estimate.memory(OFT).acting
+    tight = replace(OFT, actors=4, lendable=True)
+    assert estimate.switches(tight, estimate.memory(own).peak) == ("--workers.backend shared",)
+
+
 def test_the_switches_found_make_it_fit_however_many_it_takes():
     heavy = replace(OFT, rank=None, dtype="float32", stages=(Stage(64),), actors=4)
     for lighter in [heavy, *(lighter for _, lighter in estimate.remedies(heavy))]:

@@ -47,9 +47,17 @@ def test_the_published_model_is_planned_without_its_weights_and_without_a_gpu(ca
     rows = ("--recipe.grpo.optimizer.micro_batch", "32")
     out = plan(capsys, "simple_recipe_libero_spatial", "--policy.dtype", "bfloat16", "--policy.device", "cuda", *rows)
     assert "7.37 billion parameters, an adapter of 111.4 million learns" in out
-    assert re.search(r"RTX 3090 24 GB .* no ", out)
+    assert re.search(r"RTX 3090 24 GB .* with \(1\)", out)
     assert re.search(r"A100 80 GB .* with \(2\)", out)
-    assert "(2) --workers.backend inline --recipe.grpo.optimizer.micro_batch 8\n" in out
+    assert "(2) --workers.backend shared --recipe.grpo.optimizer.micro_batch 16\n" in out
+
+
+def test_where_a_strategy_chooses_what_acts_its_weights_are_copies(capsys):
+    rows = ("--recipe.grpo.optimizer.micro_batch", "32", "--strategies", "expansion")
+    out = plan(capsys, "simple_recipe_libero_spatial", "--policy.dtype", "bfloat16", "--policy.device", "cuda", *rows)
+    assert re.search(r"RTX 3090 24 GB .* no ", out)
+    assert "--workers.backend inline --recipe.grpo.optimizer.micro_batch 8\n" in out
+    assert "shared" not in out
 
 
 def test_work_is_the_episodes_that_are_played():
@@ -102,7 +110,7 @@ def test_programs_and_people_are_told_the_same(capsys):
     micro_batch = "--recipe.grpo.optimizer.micro_batch"
     arguments = ("simple_recipe_libero_spatial", "--policy.device", "cuda", micro_batch, "32")
     out, found = plan(capsys, *arguments), json.loads(plan(capsys, *arguments, "--json"))["gpus"]
-    assert found["RTX 3090 24 GB"] is None
+    assert found["RTX 3090 24 GB"]["switches"][0] == "--workers.backend shared"
     (line,) = re.findall(r"A100 80 GB .* with \((\d)\) ", out)
     told = found["A100 80 GB"]
     assert f"({line}) {' '.join(told['switches'])}\n" in out

@@ -207,11 +207,11 @@ def test_the_official_layout_has_a_stop_token_after_the_slots(published, tmp_pat
 
 def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path):
     tiny_policy(kind=OpenVLA).save(tmp_path)
-    with pytest.raises(PerennialError, match=r"written by the policy 'openvla'; set --policy\.name openvla\."):
+    with pytest.raises(PerennialError, match=r"of 'openvla', which .*; set --policy\.name openvla\."):
         OpenVLAOFT.load(tmp_path)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("inline", "float32"), ("process", "bfloat16")])
+@pytest.mark.parametrize(("backend", "dtype"), [("inline", "float32"), ("process", "bfloat16"), ("shared", "bfloat16")])
 def test_a_run_learns_from_a_published_checkpoint(tmp_path, monkeypatch, backend, dtype):
     monkeypatch.setattr(stage, "learner_threads", lambda: 1)
     monkeypatch.setattr(experiment.page, "write", lambda path: path / "report" / "index.html")

@@ -108,7 +108,9 @@ def test_its_weights_may_be_split_and_hold_the_embedding_twice(folder, policy):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".safetensors"}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".safetensors"
+    }
 
 
 def split(folder):

@@ -117,12 +117,12 @@ def test_a_run_places_its_policy_as_chosen(toy_checkpoint, tmp_path, monkeypatch
         seen["learner"] = choice[2:]
         return ToyPolicy.load(toy_checkpoint)
 
-    def start(config, cast, weights):
+    def start(config, cast, policy):
         seen["actors"] = (cast.device, cast.dtype)
         raise StoppedError
 
     monkeypatch.setattr("perennial.session.load_policy", load)
-    monkeypatch.setattr("perennial.session.start_workers", start)
+    monkeypatch.setattr("perennial.session.start_beside", start)
     monkeypatch.setattr("perennial.session.recompute_blocks", lambda policy: seen.setdefault("recomputed", policy))
     config = toy_config(toy_checkpoint)
     config = replace(config, policy=replace(config.policy, dtype="bfloat16", checkpointing=True))

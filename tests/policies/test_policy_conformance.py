@@ -58,11 +58,12 @@ def test_value_conformance(check, name):
     check(SUBJECTS[name])
 
 
-HALF = ("openvla_oft", "openvla", "pi0", "pi0, all steps", "smolvla")
+HALF = ("openvla_oft", "openvla", "pi0", "pi0, all steps", "pi0, flow noise", "smolvla")
 HALF_TOLERANCE = 0.15
 HALF_CHECKS = (
     policy_conformance.log_prob_is_that_of_acting,
     policy_conformance.a_new_adapter_changes_nothing,
+    policy_conformance.an_adapter_acts_as_it_learns,
     policy_conformance.recomputed_activations_change_nothing,
 )
 """What may depend on rounding, and is asked of bfloat16 too."""

@@ -6,11 +6,14 @@ from multiprocessing.connection import wait
 
 import numpy as np
 import pytest
+import torch
 
 from perennial.errors import LearningError, PerennialError
+from perennial.policies.base import Batch, Observation
+from perennial.policies.lora import LoRA, add_adapter
 from perennial.rollout import workers as module
 from perennial.rollout.trajectory import Episode
-from perennial.rollout.workers import Cast, InlineWorkers, ProcessWorkers, WorkerConfig
+from perennial.rollout.workers import Cast, InlineWorkers, ProcessWorkers, WorkerConfig, start_beside
 from perennial.testing.toy import ToyPolicy
 from toyhouse.unreliable import BAD_STATE
 
@@ -117,6 +120,27 @@ def test_new_weights_act_at_once_in_every_worker(pair, toy_checkpoint):
         assert_same(after[::2], alone.collect(requests("works")[::2]))
         alone.broadcast(ToyPolicy().acting_weights())
         assert_same(before[::2], alone.collect(requests("works")[::2]))
+
+
+def test_the_learner_plays_with_its_adapter_and_without_a_copy(toy_checkpoint):
+    policy, cast = ToyPolicy.load(toy_checkpoint), Cast(TOY, TOY, toy_checkpoint, seed=7)
+    add_adapter(policy, LoRA(rank=2), 0)
+    with closing(start_beside(WorkerConfig("shared", slots=4), cast, policy)) as workers:
+        workers.follow(policy)
+        base = workers.collect(requests())
+        with torch.no_grad():
+            for name, parameter in policy.model.named_parameters():
+                if ".lora_B." in name:
+                    parameter.add_(1.0)
+        taught = workers.collect(requests())  # nothing was handed over
+        assert any(not np.array_equal(one.samples, two.samples) for one, two in zip(base, taught, strict=True))
+        for played in taught:
+            decisions = len(played.images)
+            observation = Observation(played.images, (played.episode.instruction,) * decisions, played.states)
+            batch = Batch(observation, played.samples, np.ones(played.samples.shape, bool))
+            np.testing.assert_allclose(policy.log_prob(batch).detach(), played.log_probs, atol=1e-5)
+        with pytest.raises(PerennialError, match=r"cannot act; set --workers\.backend inline"):
+            workers.broadcast(policy.acting_weights())
 
 
 def test_an_error_for_the_user_arrives_as_it_is(pair):

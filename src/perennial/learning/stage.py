@@ -63,7 +63,7 @@ def learn(
         episodes = objective.episodes(tasks, (*key, number))
         if episodes:
             torch.set_num_threads(1)  # two OpenMP threads collapse beside busy workers
-            workers.broadcast(policy.acting_weights())
+            workers.follow(policy)
             trajectories = workers.collect(episodes, on_episode)
         played = time.monotonic()
         faults.point("update")

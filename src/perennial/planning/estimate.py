@@ -50,6 +50,7 @@ class Use:
         slots: rows in one forward pass of acting.
         actors: processes that act on the device; each holds weights of its own beside the learner's.
         shared: the actors share one copy of the weights (on the CPU).
+        lent: the one actor has the learner's own weights and no copy; `lendable` where that could be so.
     """
 
     anatomy: Anatomy
@@ -61,6 +62,8 @@ class Use:
     slots: int = 16
     actors: int = 1
     shared: bool = False
+    lent: bool = False
+    lendable: bool = False
 
     def learning(self, stage: Stage) -> Learning:
         """What of the network learns in `stage`."""
@@ -140,8 +143,8 @@ def _memory(use: Use, stage: Stage) -> Memory:
         weights=base,
         adapter=use.adapter * 4,
         moments=2 * learned,
-        actors=base * (1 if use.shared else use.actors),
-        broadcast=base,
+        actors=0 if use.lent else base * (1 if use.shared else use.actors),
+        broadcast=0 if use.lent else base,
         acting=use.actors * use.slots * _activations.acting_bytes(use.anatomy, size),
         gradients=learned,
         kept=stage.taken * _activations.kept(use.anatomy, learning),
@@ -174,6 +177,9 @@ def remedies(use: Use) -> Iterator[tuple[str, Use]]:
     if use.actors > 1 and not use.shared:
         use = replace(use, actors=1)
         yield "--workers.backend inline", use
+    if use.lendable and not use.lent:
+        use = replace(use, actors=1, lent=True)
+        yield "--workers.backend shared", use
     if use.dtype == "float32":
         use = replace(use, dtype="bfloat16")
         yield "--policy.dtype bfloat16", use

@@ -14,6 +14,7 @@ from perennial.planning.estimate import MICRO_BATCH, Stage, Use
 from perennial.policies._anatomy import Anatomy
 from perennial.policies.base import Policy
 from perennial.rollout.workers import sized
+from perennial.strategies import Strategies
 from perennial.suites.base import Suite
 
 
@@ -58,8 +59,10 @@ def use_of(config: Config, anatomy: Anatomy, on_cpu: bool = False) -> Use:
         recompute=config.policy.checkpointing,
         stages=tuple(_stage(config, stage, anatomy.steps) for stage in config.recipe),
         slots=workers.slots,
-        actors=1 if workers.backend == "inline" else workers.count,
+        actors=workers.count if workers.backend == "process" else 1,
         shared=on_cpu,
+        lent=workers.backend == "shared",
+        lendable=Strategies(config.strategies).chooser is None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Who plays the episodes: this process (`InlineWorkers`) or several (`ProcessWorkers`), behind one small interface.
+"""Who plays the episodes: several processes (`ProcessWorkers`), this one (`InlineWorkers`), or the learner (`Learner`).
 
 Every process worker has its own environments and its own copy of the policy whose parameters are views of one shared
 memory buffer, so broadcasting new weights is one copy. Episodes are dealt out by position, never by arrival, so the
@@ -45,13 +45,15 @@ class WorkerConfig:
     """How episodes are played.
 
     Attributes:
-        backend: "process" plays in worker processes, "inline" in this one.
+        backend: "process" plays in worker processes, "inline" in this one, both with merged copies of the weights;
+            "shared" in this one with the learner's own weights, its adapter beside them: no copy, and in bfloat16 the
+            log-probabilities of acting are those that the learner sees.
         count: worker processes; 0 takes one per processor core, or fewer where memory is short.
         slots: episodes played side by side in each worker, which is the batch size of acting.
         timeout: seconds without a finished episode after which a worker counts as hung.
     """
 
-    backend: Literal["process", "inline"] = "process"
+    backend: Literal["process", "inline", "shared"] = "process"
     count: int = 0
     slots: int = 16
     timeout: float = 300.0
@@ -76,6 +78,10 @@ class Workers(Protocol):
         """Act with `weights`, by base parameter name, from now on."""
         ...
 
+    def follow(self, policy: Policy) -> None:
+        """Act as `policy` does now, until it learns again."""
+        ...
+
     def collect(self, episodes: Sequence[Episode], on_episode: OnEpisode = ...) -> list[Trajectory]:
         """Play `episodes` and return their trajectories in the same order."""
         ...
@@ -93,9 +99,16 @@ def sized(config: WorkerConfig) -> WorkerConfig:
 
 
 def start_workers(config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor]) -> Workers:
-    """The workers that `config` asks for, acting with `weights`."""
-    backend = InlineWorkers if config.backend == "inline" else ProcessWorkers
+    """The workers that `config` asks for, acting with `weights`; where nobody learns, there is nothing to share."""
+    backend = ProcessWorkers if config.backend == "process" else InlineWorkers
     return backend(config, cast, weights)
+
+
+def start_beside(config: WorkerConfig, cast: Cast, policy: Policy) -> Workers:
+    """The workers that `config` asks for, acting as `policy`, which learns in this process."""
+    if config.backend == "shared":
+        return Learner(config, cast, policy)
+    return start_workers(config, cast, policy.acting_weights())
 
 
 def _assemble(cast: Cast) -> tuple[Policy, Environments]:
@@ -116,6 +129,41 @@ class InlineWorkers:
     def broadcast(self, weights: Mapping[str, Tensor]) -> None:
         """See `Workers`."""
         self._policy.model.load_state_dict(dict(weights))
+
+    def follow(self, policy: Policy) -> None:
+        """See `Workers`."""
+        self.broadcast(policy.acting_weights())
+
+    def collect(
+        self, episodes: Sequence[Episode], on_episode: OnEpisode = lambda steps, success: None
+    ) -> list[Trajectory]:
+        """See `Workers`."""
+        return play(self._policy, self._environments, episodes, self._seed, self._config.slots, on_episode)
+
+    def close(self) -> None:
+        """See `Workers`."""
+        self._environments.close()
+
+
+class Learner:
+    """Plays in the calling process with the policy that learns."""
+
+    def __init__(self, config: WorkerConfig, cast: Cast, policy: Policy) -> None:
+        self._config, self._seed, self._policy = config, cast.seed, policy
+        suite = discovery.find("suites", cast.suite, Suite)()
+        self._environments = Environments(suite, policy.image_size)
+
+    def broadcast(self, weights: Mapping[str, Tensor]) -> None:
+        """Nothing that a run asks for.
+
+        Raises:
+            PerennialError: always.
+        """
+        raise PerennialError("Other weights than those that learn cannot act; set --workers.backend inline.")
+
+    def follow(self, policy: Policy) -> None:
+        """See `Workers`."""
+        self._policy = policy
 
     def collect(
         self, episodes: Sequence[Episode], on_episode: OnEpisode = lambda steps, success: None
@@ -192,6 +240,10 @@ class ProcessWorkers:
     def broadcast(self, weights: Mapping[str, Tensor]) -> None:
         """See `Workers`."""
         flatten(weights, out=self._flat)
+
+    def follow(self, policy: Policy) -> None:
+        """See `Workers`."""
+        self.broadcast(policy.acting_weights())
 
     def collect(
         self, episodes: Sequence[Episode], on_episode: OnEpisode = lambda steps, success: None

@@ -79,10 +79,13 @@ class Strategies:
 
     def policy_for(self, task: Task, policy: Policy) -> Mapping[str, Tensor]:
         """The weights that act in `task`: those of the first member with an opinion, else today's."""
-        for member in self.members:
-            if type(member).policy_for is not Strategy.policy_for:
-                return member.policy_for(task, policy)
-        return policy.acting_weights()
+        return policy.acting_weights() if self.chooser is None else self.chooser.policy_for(task, policy)
+
+    @property
+    def chooser(self) -> Strategy | None:
+        """The first member that chooses the weights that act."""
+        chosen = (member for member in self.members if type(member).policy_for is not Strategy.policy_for)
+        return next(chosen, None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The members' states under their position and name."""

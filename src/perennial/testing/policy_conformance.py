@@ -250,6 +250,16 @@ def merged_weights_act_like_the_adapter(subject: Subject) -> None:
     np.testing.assert_array_equal(_log_prob(policy, batch), adapted)
 
 
+def an_adapter_acts_as_it_learns(subject: Subject) -> None:
+    """A policy with an adapter, which it may act with as it is, sees the log-probability of acting again."""
+    policy = subject.make()
+    add_adapter(policy, LoRA(rank=2), 0)
+    _disturb(policy)
+    batch = _acted(policy, subject.observation, 1.0)
+    assert batch.log_prob is not None
+    np.testing.assert_allclose(_log_prob(policy, batch), batch.log_prob, rtol=1e-4, atol=subject.tolerance)
+
+
 def recomputed_activations_change_nothing(subject: Subject) -> None:
     """A policy that names its blocks has the same log-probability and gradient when they are computed again."""
     policy, twin = subject.make(), subject.make()
@@ -332,6 +342,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     the_adapter_covers_all_linear_layers,
     a_new_adapter_changes_nothing,
     merged_weights_act_like_the_adapter,
+    an_adapter_acts_as_it_learns,
     recomputed_activations_change_nothing,
     saved_policies_come_back,
     imitation_learns,
