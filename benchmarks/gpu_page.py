@@ -33,7 +33,11 @@ def counted_page(found: Mapping[str, Any]) -> str:
         times = [1000 * max(one["flops"] / gpu.rate, one["bytes"] / gpu.bandwidth) for gpu in cards]
         cells = [f"{one['flops'] / 1e12:.2f}", f"{one['bytes'] / 1e9:.1f}", f"{one['flops'] / one['bytes']:.0f}"]
         lines.append(f"| {one['batch']} | " + " | ".join([*cells, *(f"{t:.1f}" for t in times)]) + " |")
+    balances = ", ".join(f"{gpu.rate / gpu.bandwidth:.0f} for the {gpu.name}" for gpu in cards)
     lines += [
+        "",
+        "A batch is bound by arithmetic, and not by reading the weights, where it has more operations for each byte",
+        f"than the card: {balances}.",
         "",
         "## One row of a GRPO update",
         "",
@@ -62,8 +66,9 @@ def measured_page(found: Mapping[str, Any]) -> str:
         "",
         "## Acting, from frames on the host to actions on the host",
         "",
-        "| batch | ms | roofline, ms | times the roofline | share of the matrix rate | plain way, ms | times faster |",
-        "|---|---|---|---|---|---|---|",
+        "| batch | ms | roofline, ms | times the roofline | share of the matrix rate | bound by | plain way, ms | "
+        "times faster |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for ours, theirs in zip(found["acting"], found["peer"]["acting"], strict=True):
         cells = [
@@ -71,6 +76,7 @@ def measured_page(found: Mapping[str, Any]) -> str:
             f"{1000 * ours['roofline_seconds']:.3g}",
             f"{ours['seconds'] / ours['roofline_seconds']:.2f}",
             f"{ours['share_of_rate']:.1%}",
+            "arithmetic" if ours["flops"] / card["rate"] > ours["bytes"] / card["bandwidth"] else "reading weights",
             f"{1000 * theirs['seconds']:.3g}",
             f"{theirs['seconds'] / ours['seconds']:.2f}",
         ]
