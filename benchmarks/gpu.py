@@ -39,7 +39,7 @@ from perennial.policies.base import Batch
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.policies.openvla_oft import OpenVLAOFT
 from perennial.randomness import stream
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.testing.memory import peak_bytes
 from perennial.testing.openvla_checkpoint import write_openvla_checkpoint
 from perennial.testing.policy_conformance import example_observation

@@ -18,7 +18,7 @@ from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.storage.run_folder import RunFolder
 from perennial.storage.tensors import save_optimizer
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 
 Result = dict[str, float | str]
 

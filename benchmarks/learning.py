@@ -18,7 +18,7 @@ from perennial.policies.base import Batch, Policy
 from perennial.policies.lora import add_adapter
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, start_workers
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Suite
 
 Result = dict[str, float | str]

@@ -29,8 +29,8 @@ from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, start_workers
-from perennial.strategies import Strategies
 from perennial.strategies.base import Strategy
+from perennial.strategies.composition import Strategies
 from perennial.strategies.dark_replay import DarkReplay
 from perennial.strategies.ewc import EWC
 from perennial.strategies.replay import Replay

@@ -25,7 +25,7 @@ from perennial.reports.record import read
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.testing.toy import ToyPolicy, ToySuite
 from toyhouse.runs import TOY, essence, toy_config
 

@@ -26,8 +26,8 @@ from perennial.policies.base import Policy
 from perennial.policies.lora import LoRA
 from perennial.rollout.workers import WorkerConfig
 from perennial.storage.atomic import MANIFEST, verify
-from perennial.strategies import Strategies
 from perennial.strategies.base import Strategy
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Suite, require_known
 
 

@@ -31,7 +31,7 @@ ROOMS = {
 }
 Kind = Literal["suites", "policies", "strategies", "recipes", "presets", "studies", "trackers"]
 """What `perennial list` calls the rooms."""
-HELPERS = {"policies": {"lora"}, "learning": {"advantages", "optimizer", "stage"}}
+HELPERS = {"policies": {"lora"}, "learning": {"advantages", "optimizer", "stage"}, "strategies": {"composition"}}
 """Modules of a room that are not choices, beside `base` and names that begin with an underscore."""
 
 

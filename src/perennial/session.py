@@ -26,7 +26,7 @@ from perennial.rollout.workers import Cast, Workers, start_beside
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
 from perennial.storage.tensors import load_optimizer, load_tensors, save_optimizer, save_tensors
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Suite, Task
 from perennial.tracking.base import Tracker
 

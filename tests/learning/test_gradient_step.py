@@ -9,8 +9,8 @@ from perennial.errors import LearningError
 from perennial.learning.base import gradient_step
 from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
-from perennial.strategies import Strategies
 from perennial.strategies.base import Strategy
+from perennial.strategies.composition import Strategies
 from perennial.strategies.dark_replay import DarkReplay
 from perennial.strategies.ewc import EWC
 from perennial.strategies.kl_anchor import KLAnchor

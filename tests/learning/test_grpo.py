@@ -12,7 +12,7 @@ from perennial.learning.stage import learn
 from perennial.policies.base import Batch, Observation
 from perennial.rollout.trajectory import to_batch
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.testing.toy import ToyPolicy, ToySuite
 
 FREE = AdamWConfig(learning_rate=0.0, warmup_steps=0, max_grad_norm=float("inf"))

@@ -6,8 +6,8 @@ from perennial.errors import PerennialError
 from perennial.learning.base import gradient_step
 from perennial.learning.optimizer import AdamWConfig, build_optimizer, height, set_learning_rate
 from perennial.policies.lora import set_trainable
-from perennial.strategies import Strategies
 from perennial.strategies.base import ParameterGroup, Strategy
+from perennial.strategies.composition import Strategies
 from perennial.testing.toy import ToyPolicy
 
 

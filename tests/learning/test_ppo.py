@@ -14,7 +14,7 @@ from perennial.policies.base import Batch, Outputs
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.rollout.trajectory import to_batch
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.strategies.ewc import EWC
 from perennial.strategies.slca import SLCA
 from perennial.testing.policy_conformance import example_observation

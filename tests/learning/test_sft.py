@@ -12,7 +12,7 @@ from perennial.errors import PerennialError
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.learning.sft import SFT
 from perennial.policies.openvla_oft import OpenVLAOFT
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.testing.toy import ToyPolicy, ToySuite
 
 TOY = "perennial.testing.toy"

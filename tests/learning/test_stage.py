@@ -5,7 +5,7 @@ from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.learning.stage import learn
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.testing.toy import ToyPolicy, ToySuite
 
 TOY = "perennial.testing.toy"

@@ -16,7 +16,7 @@ from perennial.planning import estimate
 from perennial.planning.estimate import Stage, Use
 from perennial.policies._placement import recompute_blocks
 from perennial.policies.lora import LoRA, add_adapter
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.testing.memory import peak_bytes
 
 CASES = [

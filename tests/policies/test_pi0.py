@@ -18,7 +18,7 @@ from perennial.policies.lora import LoRA, add_adapter
 from perennial.policies.pi0 import PI0, Exploration, PI0Config
 from perennial.randomness import stream
 from perennial.rollout.trajectory import Episode, Trajectory
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.testing.policy_conformance import example_observation
 
 OBSERVATION = example_observation(image_size=16, state_dim=STATE_DIM)

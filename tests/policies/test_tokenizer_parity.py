@@ -13,8 +13,7 @@ from tiny_smolvla import tiny_policy as tiny_smolvla
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from perennial.policies._openvla_published import _read_tokenizer
-from perennial.policies._tokenizer import tokenize
+from perennial.policies._tokenizer import read_tokenizer, tokenize
 
 CORPUS = [
     "In: What action should the robot take to pick up the black bowl?\nOut:",
@@ -100,7 +99,9 @@ def llama(tmp_path):
 @pytest.mark.parametrize("said", SAID)
 def test_openvlas_prompt_is_that_of_its_processor(llama, said):
     """The prompt of `get_vla_action`, and the empty token that `predict_action` adds."""
-    tokenizer = _read_tokenizer(llama)
+    tokenizer = read_tokenizer(llama, "")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     bos, empty = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("▁")
     ids, mask = tokenize(tokenizer, (said,), bos, 512, (empty,))
     text = f"In: What action should the robot take to {said.lower()}?\nOut:"

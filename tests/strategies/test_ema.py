@@ -3,8 +3,8 @@ import torch
 
 from perennial.errors import PerennialError
 from perennial.policies.lora import set_trainable
-from perennial.strategies import Strategies
 from perennial.strategies._weights import snapshot
+from perennial.strategies.composition import Strategies
 from perennial.strategies.ema import EMA
 from perennial.strategies.merge import Merge
 from perennial.strategies.retain import Retain

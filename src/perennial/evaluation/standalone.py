@@ -24,7 +24,7 @@ from perennial.reports.summary import percent
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
 from perennial.session import label, read_learned
 from perennial.storage.run_folder import RunFolder
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Suite, require_known
 
 if TYPE_CHECKING:

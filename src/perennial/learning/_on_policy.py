@@ -14,7 +14,7 @@ from perennial.learning.optimizer import AdamWConfig
 from perennial.policies.base import Batch, Policy
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Task
 
 PER_TOKEN = ("kl", "clip_fraction", "entropy")

@@ -17,7 +17,7 @@ from perennial.learning.optimizer import AdamWConfig, set_learning_rate
 from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Task
 
 Metrics = dict[str, float]

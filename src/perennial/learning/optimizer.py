@@ -10,8 +10,8 @@ from torch import nn
 
 from perennial.errors import PerennialError
 from perennial.policies.base import Policy
-from perennial.strategies import Strategies
 from perennial.strategies.base import ParameterGroup
+from perennial.strategies.composition import Strategies
 
 MOST_ROWS = 256
 """Of a micro-batch that is chosen by the free memory."""

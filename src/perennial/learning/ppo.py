@@ -34,7 +34,7 @@ from perennial.learning.base import Metrics, Objective
 from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory, to_batch
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Task
 
 

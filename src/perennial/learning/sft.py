@@ -18,7 +18,7 @@ from perennial.learning.base import Metrics, Objective, gradient_step
 from perennial.policies.base import Batch, Outputs, Policy, concatenate
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Task
 
 

@@ -16,7 +16,7 @@ from perennial.randomness import Key, stream
 from perennial.rollout.collect import OnEpisode
 from perennial.rollout.trajectory import Trajectory
 from perennial.rollout.workers import Workers
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Task
 
 

@@ -14,7 +14,7 @@ from perennial.planning.estimate import MICRO_BATCH, Stage, Use
 from perennial.policies._anatomy import Anatomy
 from perennial.policies.base import Policy
 from perennial.rollout.workers import sized
-from perennial.strategies import Strategies
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Suite
 
 

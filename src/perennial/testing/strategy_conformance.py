@@ -30,8 +30,8 @@ from perennial.policies.lora import LoRA, add_adapter
 from perennial.randomness import stream
 from perennial.rollout.collect import Environments, play
 from perennial.rollout.trajectory import Episode, Trajectory
-from perennial.strategies import Strategies
 from perennial.strategies.base import Strategy
+from perennial.strategies.composition import Strategies
 from perennial.suites.base import Task
 from perennial.testing.toy import ToyPolicy, ToySuite
 
