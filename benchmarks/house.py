@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 from perennial import discovery
-from perennial.config import Config, checkpoint_folder
+from perennial.config import Config
 from perennial.learning.optimizer import build_optimizer
 from perennial.policies._learned import save_learned
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.storage.run_folder import RunFolder
 from perennial.storage.tensors import save_optimizer
 from perennial.strategies.composition import Strategies

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from perennial import discovery
-from perennial.config import Config, checkpoint_folder
+from perennial.config import Config
 from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import build_optimizer
 from perennial.learning.stage import learner_threads
@@ -18,6 +18,7 @@ from perennial.policies.base import Batch, Policy
 from perennial.policies.lora import add_adapter
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, start_workers
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.strategies.composition import Strategies
 from perennial.suites.base import Suite
 

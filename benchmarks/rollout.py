@@ -11,11 +11,12 @@ from contextlib import closing
 import numpy as np
 
 from perennial import discovery
-from perennial.config import Config, checkpoint_folder
+from perennial.config import Config
 from perennial.policies.base import Policy
 from perennial.rollout.collect import Environments
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.rollout.workers import Cast, start_workers
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.suites.base import Suite
 
 Result = dict[str, float | str]

@@ -19,7 +19,7 @@ import torch
 
 import page
 from perennial import discovery
-from perennial.config import Config, checkpoint_folder, preset
+from perennial.config import Config, preset
 from perennial.doctor import describe_machine
 from perennial.learning.base import gradient_step
 from perennial.learning.grpo import GRPO, weighted_batch
@@ -29,6 +29,7 @@ from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, start_workers
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.strategies.base import Strategy
 from perennial.strategies.composition import Strategies
 from perennial.strategies.dark_replay import DarkReplay

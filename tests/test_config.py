@@ -6,9 +6,11 @@ import pytest
 
 from perennial import config as module
 from perennial import discovery, overrides
-from perennial.config import Config, Tasks, checkpoint_folder, preset, validate
+from perennial.config import Config, Tasks, preset, validate
 from perennial.errors import PerennialError
 from perennial.policies.base import Policy
+from perennial.storage import base_checkpoint
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.testing.toy import ToyPolicy
 from toyhouse.needy import Needy
 from toyhouse.runs import toy_config
@@ -139,7 +141,7 @@ def test_what_a_strategy_chooses_to_act_is_not_the_learner_itself(config):
 def test_checkpoints_are_folders_or_come_with_perennial(tmp_path, monkeypatch):
     assert checkpoint_folder(str(tmp_path)) == tmp_path
     (tmp_path / "checkpoints" / "tiny").mkdir(parents=True)
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "config.py"))
+    monkeypatch.setattr(base_checkpoint, "BUNDLED", tmp_path / "checkpoints")
     assert checkpoint_folder("bundled:tiny") == tmp_path / "checkpoints" / "tiny"
     with pytest.raises(PerennialError, match=r"no bundled checkpoint 'tinny'\. Did you mean tiny"):
         checkpoint_folder("bundled:tinny")

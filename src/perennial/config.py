@@ -8,7 +8,6 @@ from 1, means one of several stages of the same kind (`--recipe grpo,grpo --reci
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from perennial.policies._placement import DType, check_placement
 from perennial.policies.base import Policy
 from perennial.policies.lora import LoRA
 from perennial.rollout.workers import WorkerConfig
-from perennial.storage.atomic import MANIFEST, verify
+from perennial.storage.base_checkpoint import absolute, checkpoint_folder
 from perennial.strategies.base import Strategy
 from perennial.strategies.composition import Strategies
 from perennial.suites.base import Suite, require_known
@@ -150,80 +149,14 @@ class Config:
         return (self.tasks.trained,) if self.schedule == "joint" else tuple((task,) for task in self.tasks.trained)
 
 
-def checkpoint_folder(checkpoint: str) -> Path:
-    """The folder that `checkpoint` names; a manifest in it is checked. Nothing is downloaded.
-
-    Raises:
-        PerennialError: there is no such folder on this disk, or a file in it does not match its manifest.
-    """
-    folder = _named_folder(checkpoint)
-    if (folder / MANIFEST).is_file():
-        verify(folder)
-    return folder
-
-
 def settled(config: Config) -> Config:
     """The same run, with paths that do not depend on the present folder."""
-    checkpoint = _with_scheme(config.policy.checkpoint)
-    if not checkpoint.startswith(SCHEMES):
-        checkpoint = str(Path(checkpoint).absolute())
     return replace(
         config,
-        policy=replace(config.policy, checkpoint=checkpoint),
+        policy=replace(config.policy, checkpoint=absolute(config.policy.checkpoint)),
         recipe=tuple(stage.settled() for stage in config.recipe),
         strategies=tuple(strategy.settled() for strategy in config.strategies),
     )
-
-
-def _named_folder(checkpoint: str) -> Path:
-    scheme, _, name = _with_scheme(checkpoint).partition(":")
-    if scheme == "bundled":
-        bundled = {path.name: path for path in (Path(__file__).parent / "checkpoints").iterdir() if path.is_dir()}
-        if name not in bundled:
-            raise unknown("bundled checkpoint", name, bundled)
-        return bundled[name]
-    if scheme == "hub":
-        return _downloaded_folder(name)
-    if not checkpoint or not Path(checkpoint).is_dir():
-        hint = "give a folder or `bundled:metaworld-small`"
-        if REPOSITORY.fullmatch(checkpoint):
-            hint = f"if it is on the Hugging Face hub, run `hf download {checkpoint}` first"
-        raise PerennialError(f"The checkpoint folder {checkpoint!r} does not exist; {hint}.")
-    return Path(checkpoint)
-
-
-SCHEMES = ("bundled:", "hub:")
-"""What a checkpoint begins with that is named rather than found at a path."""
-REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-"""What the Hugging Face hub calls a repository."""
-
-
-def _with_scheme(checkpoint: str) -> str:
-    """`checkpoint`, with `hub:` before the name of a repository that is on this disk where no folder has that name."""
-    if not REPOSITORY.fullmatch(checkpoint) or Path(checkpoint).is_dir():
-        return checkpoint
-    try:
-        _downloaded_folder(checkpoint)
-    except PerennialError:
-        return checkpoint
-    return f"hub:{checkpoint}"
-
-
-def _downloaded_folder(repository: str) -> Path:
-    """The newest snapshot of a hub repository that lies on this disk."""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    except ModuleNotFoundError as error:
-        raise PerennialError(
-            f"hub: checkpoints need {error.name}; install it with pip install 'perennial[vla]'."
-        ) from error
-    try:
-        return Path(snapshot_download(repository, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError):
-        raise PerennialError(
-            f"hub:{repository} is not on this disk; download it with `hf download {repository}` first."
-        ) from None
 
 
 def validate(config: Config) -> Config:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from rich.markup import escape
 
-from perennial import config as configuration
 from perennial import discovery
 from perennial.config import Config
 from perennial.display import Display
@@ -23,6 +22,7 @@ from perennial.policies._placement import load_policy, recompute_blocks
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.rollout.workers import Cast, Workers, start_beside
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
 from perennial.storage.tensors import load_optimizer, load_tensors, save_optimizer, save_tensors
@@ -105,7 +105,7 @@ class Session:
 def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     """Load the base policy and the last commit, and start the workers; `stack` ends what was started."""
     suite = discovery.find("suites", config.suite, Suite)()
-    checkpoint = configuration.checkpoint_folder(config.policy.checkpoint)
+    checkpoint = checkpoint_folder(config.policy.checkpoint)
     check_memory(config)
     chosen = config.policy
     policy = load_policy(chosen.name, checkpoint, chosen.device, chosen.dtype)

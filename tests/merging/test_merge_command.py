@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from merging.models import assert_same, read, weights, write
 from perennial.cli import main
-from perennial.config import checkpoint_folder
 from perennial.merging.adapters import delta_weights
 from perennial.merging.dare import dare
 from perennial.merging.linear import linear
 from perennial.merging.ties import ties
 from perennial.policies.lora import LoRA, add_adapter, save_adapter
 from perennial.policies.openvla_oft import OpenVLAOFT
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.testing.toy import ToyPolicy
 from strategies.worlds import shake
 

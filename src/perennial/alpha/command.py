@@ -17,7 +17,6 @@ from rich.table import Table
 import perennial
 from perennial import discovery
 from perennial.alpha.sweep import Pair, Plan, front, likeliest, losses, open_pair, sweep
-from perennial.config import checkpoint_folder
 from perennial.demonstrations.dataset import require_recorded
 from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, winner
@@ -29,6 +28,7 @@ from perennial.reports import page, plots, words
 from perennial.reports.summary import percent
 from perennial.rollout.workers import Cast, WorkerConfig
 from perennial.storage import atomic
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.suites.base import Suite, require_known
 
 if TYPE_CHECKING:

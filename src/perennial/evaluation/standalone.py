@@ -13,7 +13,7 @@ from rich.progress import track
 from rich.table import Table
 
 from perennial import discovery, overrides
-from perennial.config import Config, PolicyChoice, checkpoint_folder
+from perennial.config import Config, PolicyChoice
 from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.evaluation.statistics import wilson
@@ -23,6 +23,7 @@ from perennial.policies.lora import add_adapter
 from perennial.reports.summary import percent
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
 from perennial.session import label, read_learned
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies.composition import Strategies
 from perennial.suites.base import Suite, require_known

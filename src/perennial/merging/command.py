@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.progress import Progress
 
-from perennial.config import SCHEMES, checkpoint_folder
 from perennial.errors import PerennialError
 from perennial.merging.adapter_export import merge_adapters
 from perennial.merging.adapters import is_adapter, learned
 from perennial.merging.checkpoints import merge_checkpoints
 from perennial.merging.groups import GROUPS
 from perennial.merging.state_dicts import require_fraction
+from perennial.storage.base_checkpoint import SCHEMES, checkpoint_folder
 
 if TYPE_CHECKING:
     from rich.console import Console

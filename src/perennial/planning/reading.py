@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from perennial import config as configuration
 from perennial import discovery
 from perennial.config import Config
 from perennial.errors import PerennialError
@@ -14,6 +13,7 @@ from perennial.planning.estimate import MICRO_BATCH, Stage, Use
 from perennial.policies._anatomy import Anatomy
 from perennial.policies.base import Policy
 from perennial.rollout.workers import sized
+from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.strategies.composition import Strategies
 from perennial.suites.base import Suite
 
@@ -27,7 +27,7 @@ def read_anatomy(config: Config) -> tuple[Path | None, Anatomy]:
     checkpoint = config.policy.checkpoint
     folder = None
     try:
-        folder = configuration.checkpoint_folder(checkpoint)
+        folder = checkpoint_folder(checkpoint)
     except PerennialError:
         if checkpoint.startswith("bundled:") or Path(checkpoint).is_dir():
             raise
