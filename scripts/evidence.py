@@ -206,8 +206,9 @@ def protocol_rows() -> dict[str, Any]:
 
 def difference(method: str, reference: str) -> dict[str, Estimate]:
     """Column of the protocol -> `method` minus `reference` on common seeds and states."""
-    renamed = replace(find("retain"), reference=reference)
-    found = protocol.figures(renamed, study.read_results(STUDIES / "retain", renamed))
+    whole = find("retain")
+    pair = replace(whole, reference=reference, methods={name: whole.methods[name] for name in (reference, method)})
+    found = protocol.figures(pair, study.read_results(STUDIES / "retain", pair))
     assert found is not None
     versus: dict[str, Estimate] = next(row["versus"] for row in found["rows"] if row["method"] == method)
     return versus

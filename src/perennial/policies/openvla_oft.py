@@ -225,20 +225,17 @@ class OpenVLAOFT(Policy):
 
     @classmethod
     def _load_own(cls, folder: Path, dtype: torch.dtype, device: str) -> Self:
-        from tokenizers import Tokenizer
-
         content = _openvla_settings.read_json(folder / "config.json")
         if "openvla_oft" not in content or content.get("policy", cls.name) != cls.name:
             raise wrong_family(folder, content, cls.name)
-        for name in ("tokenizer.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise PerennialError(f"The checkpoint {folder} has no {name}; copy the folder again.")
+        tokenizer = _tokenizer.read_tokenizer(folder, "copy the folder again")
+        if not (folder / "model.safetensors").is_file():
+            raise PerennialError(f"The checkpoint {folder} has no model.safetensors; copy the folder again.")
         try:
             config = OpenVLAOFTConfig.from_json(content["openvla_oft"])
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises bare Exception
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise PerennialError(
-                f"config.json or tokenizer.json in {folder} cannot be read ({error!r}); copy the folder again."
+                f"config.json in {folder} cannot be read ({error!r}); copy the folder again."
             ) from error
         model = _network(config, "unset")
         read_tensors(folder / "model.safetensors", model)

@@ -111,28 +111,22 @@ def start_beside(config: WorkerConfig, cast: Cast, policy: Policy) -> Workers:
     return start_workers(config, cast, policy.acting_weights())
 
 
-def _assemble(cast: Cast) -> tuple[Policy, Environments]:
-    """A policy with the base weights and an empty set of environments."""
-    policy = load_policy(cast.policy, cast.checkpoint, cast.device, cast.dtype)
-    suite = discovery.find("suites", cast.suite, Suite)()
-    return policy, Environments(suite, policy.image_size)
+def _copy(cast: Cast) -> Policy:
+    """A policy with the base weights."""
+    return load_policy(cast.policy, cast.checkpoint, cast.device, cast.dtype)
 
 
-class InlineWorkers:
-    """Plays in the calling process; for tests and debugging."""
+def _environments(cast: Cast, policy: Policy) -> Environments:
+    """An empty set of environments that draw what `policy` looks at."""
+    return Environments(discovery.find("suites", cast.suite, Suite)(), policy.image_size)
 
-    def __init__(self, config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor]) -> None:
-        self._config, self._seed = config, cast.seed
-        self._policy, self._environments = _assemble(cast)
-        self.broadcast(weights)
 
-    def broadcast(self, weights: Mapping[str, Tensor]) -> None:
-        """See `Workers`."""
-        self._policy.model.load_state_dict(dict(weights))
+class _Here:
+    """Plays in the calling process."""
 
-    def follow(self, policy: Policy) -> None:
-        """See `Workers`."""
-        self.broadcast(policy.acting_weights())
+    def __init__(self, config: WorkerConfig, cast: Cast, policy: Policy) -> None:
+        self._config, self._seed, self._policy = config, cast.seed, policy
+        self._environments = _environments(cast, policy)
 
     def collect(
         self, episodes: Sequence[Episode], on_episode: OnEpisode = lambda steps, success: None
@@ -145,13 +139,24 @@ class InlineWorkers:
         self._environments.close()
 
 
-class Learner:
-    """Plays in the calling process with the policy that learns."""
+class InlineWorkers(_Here):
+    """Plays in the calling process with a policy of its own; for tests and debugging."""
 
-    def __init__(self, config: WorkerConfig, cast: Cast, policy: Policy) -> None:
-        self._config, self._seed, self._policy = config, cast.seed, policy
-        suite = discovery.find("suites", cast.suite, Suite)()
-        self._environments = Environments(suite, policy.image_size)
+    def __init__(self, config: WorkerConfig, cast: Cast, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(config, cast, _copy(cast))
+        self.broadcast(weights)
+
+    def broadcast(self, weights: Mapping[str, Tensor]) -> None:
+        """See `Workers`."""
+        self._policy.model.load_state_dict(dict(weights))
+
+    def follow(self, policy: Policy) -> None:
+        """See `Workers`."""
+        self.broadcast(policy.acting_weights())
+
+
+class Learner(_Here):
+    """Plays in the calling process with the policy that learns."""
 
     def broadcast(self, weights: Mapping[str, Tensor]) -> None:
         """Nothing that a run asks for.
@@ -164,16 +169,6 @@ class Learner:
     def follow(self, policy: Policy) -> None:
         """See `Workers`."""
         self._policy = policy
-
-    def collect(
-        self, episodes: Sequence[Episode], on_episode: OnEpisode = lambda steps, success: None
-    ) -> list[Trajectory]:
-        """See `Workers`."""
-        return play(self._policy, self._environments, episodes, self._seed, self._config.slots, on_episode)
-
-    def close(self) -> None:
-        """See `Workers`."""
-        self._environments.close()
 
 
 class _Worker:
@@ -294,7 +289,8 @@ class ProcessWorkers:
 def _serve(connection: Connection, cast: Cast, slots: int, flat: Tensor, layout: Layout) -> None:
     """The life of a worker process: play what is asked until the parent goes away."""
     torch.set_num_threads(1)
-    policy, environments = _assemble(cast)
+    policy = _copy(cast)
+    environments = _environments(cast, policy)
     own = flat.to(policy.device)  # the shared buffer itself on the CPU
     bind(policy.model, own, layout)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
