@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -9,8 +8,6 @@ from perennial import discovery, overrides
 from perennial.config import Config, Tasks, preset, validate
 from perennial.errors import PerennialError
 from perennial.policies.base import Policy
-from perennial.storage import base_checkpoint
-from perennial.storage.base_checkpoint import checkpoint_folder
 from perennial.testing.toy import ToyPolicy
 from toyhouse.needy import Needy
 from toyhouse.runs import toy_config
@@ -138,35 +135,6 @@ def test_what_a_strategy_chooses_to_act_is_not_the_learner_itself(config):
         validate(overrides.apply(shared, {"strategies": "expansion"}))
 
 
-def test_checkpoints_are_folders_or_come_with_perennial(tmp_path, monkeypatch):
-    assert checkpoint_folder(str(tmp_path)) == tmp_path
-    (tmp_path / "checkpoints" / "tiny").mkdir(parents=True)
-    monkeypatch.setattr(base_checkpoint, "BUNDLED", tmp_path / "checkpoints")
-    assert checkpoint_folder("bundled:tiny") == tmp_path / "checkpoints" / "tiny"
-    with pytest.raises(PerennialError, match=r"no bundled checkpoint 'tinny'\. Did you mean tiny"):
-        checkpoint_folder("bundled:tinny")
-
-
-def test_hub_checkpoints_are_those_that_were_downloaded(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(PerennialError, match=r"hub:openvla/openvla-7b is not on this disk; .*`hf download openvla/op"):
-        checkpoint_folder("hub:openvla/openvla-7b")
-    with pytest.raises(PerennialError, match=r"hub:not a name is not on this disk"):
-        checkpoint_folder("hub:not a name")
-    cached = tmp_path / "models--openvla--openvla-7b"
-    (cached / "refs").mkdir(parents=True)
-    (cached / "refs" / "main").write_text("abc123")
-    (cached / "snapshots" / "abc123").mkdir(parents=True)
-    assert checkpoint_folder("hub:openvla/openvla-7b") == cached / "snapshots" / "abc123"
-    monkeypatch.chdir(tmp_path)
-    assert checkpoint_folder("openvla/openvla-7b") == cached / "snapshots" / "abc123"
-    short = overrides.apply(config, {"policy.checkpoint": "openvla/openvla-7b"})
-    assert module.settled(short).policy.checkpoint == "hub:openvla/openvla-7b"
-    (tmp_path / "openvla" / "openvla-7b").mkdir(parents=True)  # a folder comes first
-    assert checkpoint_folder("openvla/openvla-7b") == Path("openvla/openvla-7b")
-    assert module.settled(short).policy.checkpoint == str(tmp_path / "openvla" / "openvla-7b")
-
-
 def test_a_settled_run_finds_its_folders_from_everywhere(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = {
@@ -184,25 +152,23 @@ def test_a_settled_run_finds_its_folders_from_everywhere(config, tmp_path, monke
     assert module.settled(found) == found
 
 
+def test_a_settled_run_finds_what_was_downloaded_from_everywhere(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--openvla--openvla-7b"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc123")
+    (cached / "snapshots" / "abc123").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    short = overrides.apply(config, {"policy.checkpoint": "openvla/openvla-7b"})
+    assert module.settled(short).policy.checkpoint == "hub:openvla/openvla-7b"
+    (tmp_path / "openvla" / "openvla-7b").mkdir(parents=True)  # a folder comes first
+    assert module.settled(short).policy.checkpoint == str(tmp_path / "openvla" / "openvla-7b")
+
+
 @pytest.mark.parametrize("named", ["bundled:metaworld-small", "hub:openvla/openvla-7b"])
 def test_a_checkpoint_that_is_named_keeps_its_name(config, named):
     settled = module.settled(overrides.apply(config, {"policy.checkpoint": named}))
     assert settled.policy.checkpoint == named
-
-
-@pytest.mark.parametrize("checkpoint", ["", "bundled:", "bundled:.."])
-def test_a_checkpoint_without_a_name_is_not_the_present_folder(checkpoint):
-    with pytest.raises(PerennialError, match=r"folder '' does not exist|no bundled checkpoint '(\.\.)?'"):
-        checkpoint_folder(checkpoint)
-
-
-def test_a_bare_repository_name_is_answered_with_how_to_download_it():
-    with pytest.raises(
-        PerennialError, match=r"'openvla/openvla-7b' does not exist; .*`hf download openvla/openvla-7b` first\."
-    ):
-        checkpoint_folder("openvla/openvla-7b")
-    with pytest.raises(PerennialError, match=r"'/no/where' does not exist; give a folder or `bundled:"):
-        checkpoint_folder("/no/where")
 
 
 def test_phases_are_tasks_one_by_one_or_all_at_once(config):

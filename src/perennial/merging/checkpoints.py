@@ -93,30 +93,44 @@ def merge_checkpoints(
     """
     require_new(out)
     models = _open(base, [finetuned] if isinstance(finetuned, Path) else finetuned)
-    names = models[0].entries
-    beside = _modules_beside(models)
-    _require_own_base(models, beside)
-    further = (f"{module}.{name}" for module, parts in beside.items() for name in parts[0].entries)
-    every = coefficients((*names, *further), alpha, alpha_by_group or {}, groups, extrapolate=extrapolate)
-    alphas = {name: every[name] for name in names}
-    settings = Settings(_mergeable(alphas, models), len(models) - 1, density, drop, seed)
+    parts = {"": models} | _modules_beside(models)
+    _require_own_base(parts)
+    names = [_full(module, name) for module, (first, *_) in parts.items() for name in first.entries]
+    alphas = coefficients(names, alpha, alpha_by_group or {}, groups, extrapolate=extrapolate)
+    settings = Settings({}, len(models) - 1, density, drop, seed)
     copied, left_out = _companions(models[0])
-    written = [*models[0].files, *(file for parts in beside.values() for file in parts[0].files)]
-    require_space(out, sum(map(_size, (*written, *copied))))
-    with Merge(models, method, settings, alphas) as merge, whole_folder(out) as folder:
+    require_space(out, sum(map(_size, copied)) + sum(_size(file) for part in parts.values() for file in part[0].files))
+    with whole_folder(out) as folder:
         _copy(copied, folder)
-        hashes = merge.write(folder, on_progress or (lambda done, total: None))
-        changed = len(merge.changed)
-        for module, parts in beside.items():
-            own = {name: every[f"{module}.{name}"] for name in parts[0].entries}
-            with Merge(parts, method, replace(settings, alpha=_mergeable(own, parts)), own) as more:
-                found = more.write(folder, lambda done, total: None)
-            changed += len(more.changed)
-            hashes = [{**before, **new} for before, new in zip(hashes, found, strict=True)]
-        report = _report(out, models[0], every, groups, changed, left_out)
+        changed, hashes = _write(parts, method, settings, alphas, folder, on_progress or (lambda done, total: None))
+        report = _report(out, models[0], alphas, groups, changed, left_out)
         record = _provenance(report, models, hashes, method, settings)
         (folder / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return report
+
+
+def _write(
+    parts: Mapping[str, Sequence[Model]],
+    method: str,
+    settings: Settings,
+    alphas: Mapping[str, float],
+    folder: Path,
+    on_progress: Progress,
+) -> tuple[int, list[dict[str, str]]]:
+    """Merge every part into `folder`: the number of tensors that differ, and each model's hashes of its files."""
+    changed, hashes = 0, [dict[str, str]() for _ in parts[""]]
+    for module, models in parts.items():
+        own = {name: alphas[_full(module, name)] for name in models[0].entries}
+        with Merge(models, method, replace(settings, alpha=_mergeable(own, models)), own) as merge:
+            found = merge.write(folder, on_progress if not module else lambda done, total: None)
+        changed += len(merge.changed)
+        hashes = [before | new for before, new in zip(hashes, found, strict=True)]
+    return changed, hashes
+
+
+def _full(module: str, name: str) -> str:
+    """The name of a tensor in the whole model; the modules in files of their own leave their own name out."""
+    return f"{module}.{name}" if module else name
 
 
 def _mergeable(alphas: Mapping[str, float], models: Sequence[Model]) -> dict[str, float]:
@@ -183,17 +197,13 @@ def _modules_beside(models: Sequence[Model]) -> dict[str, list[Model]]:
     return found
 
 
-def _require_own_base(models: Sequence[Model], beside: Mapping[str, Sequence[Model]]) -> None:
+def _require_own_base(parts: Mapping[str, Sequence[Model]]) -> None:
     """Check that adapters were trained on this base."""
-    for of_module in zip(models, *beside.values(), strict=True):
-        parts = [part for part in of_module if isinstance(part, AdaptedCheckpoint)]
-        if parts:
-            samples = {
-                f"{module}.{name}" if module else name: numbers
-                for module, part in zip(("", *beside), parts, strict=True)
-                for name, numbers in part.samples().items()
-            }
-            parts[0].adapter.require_base(samples, models[0].path)
+    for of_model in zip(*parts.values(), strict=True):
+        adapted = {m: part for m, part in zip(parts, of_model, strict=True) if isinstance(part, AdaptedCheckpoint)}
+        if adapted:
+            samples = {_full(m, name): n for m, part in adapted.items() for name, n in part.samples().items()}
+            adapted[""].adapter.require_base(samples, parts[""][0].path)
 
 
 def _named_files(folder: Path) -> dict[str, Path]:
