@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perennial import discovery
+from perennial.errors import how_to_install
 from perennial.suites.base import Suite
 
 Status = Literal["ok", "warning", "problem"]
@@ -66,8 +67,7 @@ def python_check(version: str) -> Check:
 
 def library_check(name: str, installed: str | None, required: Requirement, extra: str = "") -> Check:
     """A library against the range that this package declares."""
-    target = f"'perennial[{extra}]'" if extra else "perennial"
-    fix = f"pip install --upgrade {target}"
+    fix = how_to_install(extra)
     if installed is None:
         return Check(name, "warning" if extra else "problem", "not installed", fix)
     if not required.specifier.contains(installed, prereleases=True):
@@ -94,7 +94,7 @@ def mujoco_check(installed: str | None, metaworld: bool) -> Check:
     """
     fix = "In a fresh environment: pip install 'mujoco==3.3.0'"
     if installed is None:
-        return Check("MuJoCo", "warning", "not installed", "pip install 'perennial[metaworld]'")
+        return Check("MuJoCo", "warning", "not installed", how_to_install("metaworld"))
     version = Version(installed)
     if version >= Version("4"):
         return Check("MuJoCo", "problem", f"{installed}; suites written for MuJoCo 3 stop with errors", fix)
@@ -119,7 +119,7 @@ def render_check(probe: Probe) -> Check:
 
 def metaworld_check(installed: str | None, probe: Probe) -> Check:
     """Meta-World imports."""
-    fix = "pip install 'perennial[metaworld]'"
+    fix = how_to_install("metaworld")
     if installed is None:
         return Check("Meta-World", "warning", "not installed", fix)
     if not probe.succeeded:

@@ -18,6 +18,20 @@ class LearningError(PerennialError):
     exit_code = 3
 
 
+def how_to_install(extra: str) -> str:
+    """The command that installs an extra, or what is always needed.
+
+    Perennial is not on PyPI, where its name belongs to another project: `pip install perennial` gets that one.
+    """
+    what = f"'.[{extra}]'" if extra else "."
+    return f"pip install -c constraints.txt -e {what} in the folder of Perennial's source"
+
+
+def not_installed(what: str, extra: str, error: ImportError) -> PerennialError:
+    """The error for `what` that cannot be imported because a library of `extra` is missing or broken."""
+    return PerennialError(f"{what} cannot be imported ({error}); run {how_to_install(extra)}.")
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> PerennialError:
     """The error for a name that does not exist: it lists the nearest ones, or all if none is near."""
     names = sorted(known)

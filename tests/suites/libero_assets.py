@@ -15,7 +15,7 @@ NAMED = os.environ.get("PERENNIAL_LIBERO_ASSETS")
 @functools.cache
 def missing():
     if importlib.util.find_spec("libero") is None:
-        return "hf-libero is not installed: pip install 'perennial[libero]'"
+        return "hf-libero is not installed"
     if not NAMED and not ARCHIVE.is_file():
         return "LIBERO's assets are not here: set PERENNIAL_LIBERO_ASSETS"
     return ""

@@ -114,7 +114,7 @@ def test_unknown_names_are_answered_with_the_nearest(task, variant):
 
 def test_a_missing_simulator_is_explained(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PerennialError, match=r"pip install 'perennial\[libero\]'"):
+    with pytest.raises(PerennialError, match=r"run pip install -c constraints\.txt -e '\.\[libero\]' in"):
         _libero_install.package()
 
 

@@ -26,7 +26,7 @@ TABLE_TOP = sorted(SUITE.tasks.keys() - ON_PLATE.keys())
 
 def missing():
     if importlib.util.find_spec("mani_skill") is None:
-        return "ManiSkill is not installed: pip install 'perennial[maniskill]'"
+        return "ManiSkill is not installed"
     if _maniskill_install.renderer() == "gpu":
         return ""
     try:
@@ -90,7 +90,7 @@ def test_a_missing_package_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "mani_skill", None)
     monkeypatch.delitem(sys.modules, "perennial.suites._maniskill_simulation", raising=False)
     monkeypatch.delattr("perennial.suites._maniskill_simulation", raising=False)
-    with pytest.raises(PerennialError, match=r"pip install 'perennial\[maniskill\]'"):
+    with pytest.raises(PerennialError, match=r"run pip install -c constraints\.txt -e '\.\[maniskill\]' in"):
         SUITE.make("PickCube")
 
 
@@ -150,7 +150,7 @@ def test_the_doctor_says_what_is_missing(drivers, monkeypatch):
     assert (check.status, check.finding, check.fix) == (
         "warning",
         "not installed",
-        "pip install 'perennial[maniskill]'",
+        "pip install -c constraints.txt -e '.[maniskill]' in the folder of Perennial's source",
     )
     monkeypatch.setattr("perennial.doctor.installed_version", {"mani_skill": "3.0.1"}.get)
     (check,) = SUITE.doctor()

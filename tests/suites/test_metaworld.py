@@ -66,7 +66,7 @@ def test_a_missing_simulator_is_explained(monkeypatch):
     import perennial.suites
 
     monkeypatch.delattr(perennial.suites, "_metaworld_simulation", raising=False)
-    with pytest.raises(PerennialError, match=r"pip install 'perennial\[metaworld\]'"):
+    with pytest.raises(PerennialError, match=r"run pip install -c constraints\.txt -e '\.\[metaworld\]' in"):
         SUITE.make("drawer-open-v3")
 
 

@@ -39,6 +39,6 @@ def test_a_resumed_run_goes_on_in_the_same_folder(tmp_path):
 
 def test_missing_tensorboard_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(PerennialError, match=r"perennial\[tensorboard\]"):
+    with pytest.raises(PerennialError, match=r"-e '\.\[tensorboard\]'"):
         discovery.find("tracking", "tensorboard", Tracker).open(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from perennial.errors import PerennialError, unknown
+from perennial.errors import PerennialError, not_installed, unknown
 from perennial.policies._base_identity import SCHEME, identity, sample
 from perennial.policies._tensors import write_tensors
 from perennial.randomness import integer_seed
@@ -229,6 +229,6 @@ def _peft() -> ModuleType:
     try:
         import peft
     except ModuleNotFoundError as error:
-        raise PerennialError(f"Adapters need {error.name}; install it with pip install 'perennial[vla]'.") from error
+        raise not_installed("peft, which makes adapters,", "vla", error) from error
     module: ModuleType = peft
     return module

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perennial.errors import PerennialError
+from perennial.errors import PerennialError, not_installed
 from perennial.policies import _images, _openvla_anatomy, _openvla_published, _openvla_settings, _softmax, _tokenizer
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._families import wrong_family
@@ -291,9 +291,7 @@ def _network(config: OpenVLAOFTConfig, weights: Literal["random", "unset", "abse
                 stack.enter_context(init_empty_weights(include_buffers=False))
             return OpenVLAOFTModel(config)
     except ModuleNotFoundError as error:
-        raise PerennialError(
-            f"OpenVLA-OFT needs {error.name}; install it with pip install 'perennial[vla]'."
-        ) from error
+        raise not_installed("OpenVLA-OFT", "vla", error) from error
 
 
 def choose(logits: Tensor, temperature: float, uniform: np.ndarray | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from perennial.errors import PerennialError
+from perennial.errors import not_installed
 from perennial.policies import _images, _pi0_anatomy, _pi0_checkpoint, _tokenizer
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._flow_policy import FlowPolicy
@@ -55,7 +55,7 @@ class PI0(FlowPolicy):
         try:
             from perennial.policies._pi0_model import PI0Network
         except ModuleNotFoundError as error:
-            raise PerennialError(f"pi0 needs {error.name}; install it with pip install 'perennial[vla]'.") from error
+            raise not_installed("pi0", "vla", error) from error
         return PI0Network.create(config, random)
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from perennial.errors import PerennialError
+from perennial.errors import not_installed
 from perennial.policies import _images, _smolvla_anatomy, _smolvla_config
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._flow_policy import FlowPolicy
@@ -65,9 +65,7 @@ class SmolVLA(FlowPolicy):
         try:
             from perennial.policies._smolvla_model import SmolVLANetwork
         except ModuleNotFoundError as error:
-            raise PerennialError(
-                f"smolvla needs {error.name}; install it with pip install 'perennial[vla]'."
-            ) from error
+            raise not_installed("smolvla", "vla", error) from error
         return SmolVLANetwork.create(config, random)
 
     @classmethod

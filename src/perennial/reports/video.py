@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from perennial.errors import PerennialError
+from perennial.errors import PerennialError, not_installed
 from perennial.storage import atomic
 
 QUALITY = 22
@@ -33,10 +33,7 @@ def encode(frames: np.ndarray, path: Path, fps: int = 20) -> None:
     try:
         import av
     except ImportError as error:
-        raise PerennialError(
-            f"Videos need PyAV, which cannot be imported ({error}); "
-            "install it with: pip install 'perennial[metaworld]'."
-        ) from error
+        raise not_installed("PyAV, which videos need,", "metaworld", error) from error
     height, width = frames.shape[1:3]
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     film = io.BytesIO()

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import perennial
-from perennial.errors import PerennialError, unknown
+from perennial.errors import PerennialError, not_installed, unknown
 from perennial.storage.atomic import MANIFEST, verify
 
 SCHEMES = ("bundled:", "hub:")
@@ -69,9 +69,7 @@ def _downloaded_folder(repository: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
     except ModuleNotFoundError as error:
-        raise PerennialError(
-            f"hub: checkpoints need {error.name}; install it with pip install 'perennial[vla]'."
-        ) from error
+        raise not_installed("huggingface_hub, which finds hub: checkpoints,", "vla", error) from error
     try:
         return Path(snapshot_download(repository, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError):

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from perennial.errors import PerennialError
+from perennial.errors import PerennialError, how_to_install
 from perennial.storage.atomic import write_text
 from perennial.suites._mujoco import choose_gl
 
@@ -27,7 +27,7 @@ def package() -> Path:
     """
     found = importlib.util.find_spec("libero")
     if found is None or not found.submodule_search_locations:
-        raise PerennialError("LIBERO is not installed: install it with `pip install 'perennial[libero]'`.")
+        raise PerennialError(f"LIBERO is not installed; run {how_to_install('libero')}.")
     return Path(next(iter(found.submodule_search_locations))) / "libero"
 
 

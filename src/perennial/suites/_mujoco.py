@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from perennial.errors import PerennialError
+from perennial.errors import PerennialError, not_installed
 
 HIDDEN_GROUP = 5
 """Geometry group that policies never see; `film` shows it."""
@@ -181,9 +181,7 @@ def render_check() -> np.ndarray:
     try:
         import mujoco
     except ImportError as error:
-        raise PerennialError(
-            "MuJoCo is not installed: install the extra with `pip install 'perennial[metaworld]'`."
-        ) from error
+        raise not_installed("MuJoCo", "metaworld", error) from error
     model = mujoco.MjModel.from_xml_string(_CHECK)
     data = mujoco.MjData(model)
     mujoco.mj_forward(model, data)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from perennial.errors import PerennialError, unknown
+from perennial.errors import how_to_install, not_installed, unknown
 from perennial.suites import base
 from perennial.suites._kitchen_tasks import SEQUENCES, TASKS, VARIANTS
 from perennial.suites._mujoco import Painter, borrow, choose_gl, give_back
@@ -55,7 +55,7 @@ class Kitchen(base.Suite):
 
         version = installed_version("gymnasium-robotics")
         if version is None:
-            return [Check("Franka Kitchen", "warning", "not installed", "pip install 'perennial[kitchen]'")]
+            return [Check("Franka Kitchen", "warning", "not installed", how_to_install("kitchen"))]
         return [Check("Franka Kitchen", "ok", version)]
 
 
@@ -65,9 +65,7 @@ def _simulator() -> Any:
     try:
         from perennial.suites import _kitchen_simulation
     except ImportError as error:
-        raise PerennialError(
-            f"Franka Kitchen cannot be imported ({error}): install it with `pip install 'perennial[kitchen]'`."
-        ) from error
+        raise not_installed("Franka Kitchen", "kitchen", error) from error
     return _kitchen_simulation
 
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from perennial.errors import PerennialError, unknown
+from perennial.errors import PerennialError, how_to_install, not_installed, unknown
 from perennial.suites import _libero_expert, base
 from perennial.suites._libero_install import assets, prepare
 from perennial.suites._libero_tasks import HORIZONS, SEQUENCES, tasks
@@ -91,7 +91,7 @@ def _installation() -> Any:
 
     version = installed_version("hf-libero")
     if version is None:
-        return Check("LIBERO", "warning", "not installed", "pip install 'perennial[libero]'")
+        return Check("LIBERO", "warning", "not installed", how_to_install("libero"))
     try:
         found = assets()
     except PerennialError as error:
@@ -105,9 +105,7 @@ def _simulator() -> Any:
         prepare()
         from perennial.suites import _libero_simulation
     except ImportError as error:
-        raise PerennialError(
-            f"LIBERO cannot be imported ({error}): install it with `pip install 'perennial[libero]'`."
-        ) from error
+        raise not_installed("LIBERO", "libero", error) from error
     return _libero_simulation
 
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from perennial.errors import PerennialError, unknown
+from perennial.errors import PerennialError, how_to_install, not_installed, unknown
 from perennial.suites import _maniskill_experts, base
 from perennial.suites._maniskill_install import prepare, renderer, software_driver
 from perennial.suites._maniskill_tasks import ON_PLATE, SEQUENCES, TASKS
@@ -61,7 +61,7 @@ class ManiSkill(base.Suite):
 
         version = installed_version("mani_skill")
         if version is None:
-            return [Check("ManiSkill", "warning", "not installed", "pip install 'perennial[maniskill]'")]
+            return [Check("ManiSkill", "warning", "not installed", how_to_install("maniskill"))]
         if renderer() == "gpu":
             return [Check("ManiSkill", "ok", f"{version}, draws on the GPU")]
         try:
@@ -77,9 +77,7 @@ def _simulator() -> Any:
     try:
         from perennial.suites import _maniskill_simulation
     except ImportError as error:
-        raise PerennialError(
-            f"ManiSkill cannot be imported ({error}): install it with `pip install 'perennial[maniskill]'`."
-        ) from error
+        raise not_installed("ManiSkill", "maniskill", error) from error
     return _maniskill_simulation
 
 

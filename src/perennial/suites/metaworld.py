@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from perennial.errors import PerennialError, unknown
+from perennial.errors import not_installed, unknown
 from perennial.suites import base
 from perennial.suites._metaworld_tasks import SEQUENCES, TASKS
 from perennial.suites._metaworld_variants import CAMERA, VARIANTS
@@ -57,9 +57,7 @@ def _simulator() -> Any:
     try:
         from perennial.suites import _metaworld_simulation
     except ImportError as error:
-        raise PerennialError(
-            f"Meta-World cannot be imported ({error}): install it with `pip install 'perennial[metaworld]'`."
-        ) from error
+        raise not_installed("Meta-World", "metaworld", error) from error
     return _metaworld_simulation
 
 

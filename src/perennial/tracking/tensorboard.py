@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from perennial.errors import PerennialError
+from perennial.errors import not_installed
 from perennial.tracking.base import Tracker
 
 
@@ -24,10 +24,7 @@ class TensorBoard(Tracker):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise PerennialError(
-                f"The tracker 'tensorboard' needs TensorBoard, which cannot be imported ({error}); "
-                "install it with: pip install 'perennial[tensorboard]'."
-            ) from error
+            raise not_installed("TensorBoard, which the tracker 'tensorboard' needs,", "tensorboard", error) from error
         return cls(SummaryWriter(str(folder / "tensorboard")))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
