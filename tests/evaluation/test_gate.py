@@ -1,10 +1,13 @@
 """The gate on policies whose outcomes are drawn from known probabilities."""
 
 from functools import cache
+from math import log
 
 import numpy as np
+import pytest
 
 from perennial.evaluation.gate import BLOCK, Gate, decide, judge
+from perennial.evaluation.sequential import log_evidence
 
 GATE = Gate(max_forgetting=10)
 
@@ -132,3 +135,37 @@ def test_clear_cases_end_early_and_well():
     assert fell == 1
     assert carried_on == 0
     assert pairs < 70
+
+
+@pytest.mark.parametrize(("number", "scale"), [(1, 1.0), (2, 0.75), (3, 0.5), (4, 0.25)])
+def test_every_scale_spends_half_the_alpha_of_the_one_before(number, scale):
+    """Weights that act alike need more pairs the later they are tried, so that all scales together stay below alpha."""
+    gate = Gate(max_forgetting=3, pairs=1000)
+    trial = judge(gate, 1, lambda tried, rounds: np.full((len(rounds), 1), tried <= scale))[-1]
+    assert (trial.scale, trial.passed, trial.shown) == (scale, True, True)
+    needed = log(2**number / gate.alpha)
+    assert log_evidence(np.zeros(trial.pairs - BLOCK), 0.03) < needed <= log_evidence(np.zeros(trial.pairs), 0.03)
+
+
+@pytest.mark.parametrize("tasks", [2, 12])
+def test_single_tasks_share_half_of_beta(tasks):
+    """One task falls just often enough to be shown, while others gain, so that the mean stays far from its margin."""
+    gate = Gate(max_forgetting=19, max_task_forgetting=20)
+
+    def fallen(times):
+        differences = np.full((60, tasks), -1)
+        differences[:, 0] = np.arange(60) < times
+        return differences
+
+    needed = log(2 * tasks / gate.beta)
+    enough = next(times for times in range(61) if log_evidence(-fallen(times)[:, 0], -0.2) >= needed)
+    assert decide(gate, fallen(enough), 1e-9, last=False) == (False, True)
+    assert decide(gate, fallen(enough - 1), 1e-9, last=False) is None
+
+
+def test_many_tasks_at_their_margin_are_not_shown_to_fall_more_often_than_promised():
+    """Sixteen tasks fall by just the 20 points that they may, in 100 runs with thirty looks each."""
+    gate = Gate(max_forgetting=20, max_task_forgetting=20)
+    falls = (np.random.default_rng(seed).random((60, 16)) < 0.2 for seed in range(100))
+    looks = ([decide(gate, fall[:n].astype(int), 1e-9, last=False) for n in range(2, 61, 2)] for fall in falls)
+    assert sum((False, True) in verdicts for verdicts in looks) <= 100 * gate.beta
