@@ -7,7 +7,6 @@ one, each with its own state. Imported only when an environment is built, after 
 
 from __future__ import annotations
 
-import copy
 import functools
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -52,21 +51,21 @@ _SAFE: list[Any] = [
 Key = tuple[str, str, str, int]
 """Task, variant, and for layouts of distractors the split and number."""
 
+Controls = tuple[Mapping[str, Any], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Moment:
-    """All that the future of a simulation depends on.
+    """All that the future of a simulation depends on, in any scene with the same key.
 
     Attributes:
         physics: MuJoCo's integration state.
-        controller: robosuite's; its attributes are replaced, never changed in place.
-        gripper: the command that the gripper has reached.
+        controls: see `Scene.controls`.
         places: see `Scene.places`.
     """
 
     physics: np.ndarray
-    controller: Any
-    gripper: np.ndarray
+    controls: Controls
     places: tuple[np.ndarray, ...]
 
 
@@ -118,19 +117,30 @@ class Scene:
         """The inverse of `places`."""
         self.model.body_pos[:], self.model.body_quat[:], self.model.site_rgba[:] = places
 
+    def controls(self) -> Controls:
+        """What the controller remembers, but not the simulation that it looks at, and what the gripper has reached.
+
+        robosuite replaces these values and never changes them in place.
+        """
+        memory = {name: value for name, value in vars(self.robot.controller).items() if name != "sim"}
+        return memory, self.robot.gripper.current_action
+
+    def control(self, controls: Controls) -> None:
+        """The inverse of `controls`."""
+        memory, self.robot.gripper.current_action = controls
+        vars(self.robot.controller).update(memory)
+
     def moment(self) -> Moment:
         """The present state."""
         physics = np.empty(mujoco.mj_stateSize(self.model, _STATE))
         mujoco.mj_getState(self.model, self.sim.data._data, physics, _STATE)
-        gripper = np.array(self.robot.gripper.current_action)
-        return Moment(physics, copy.copy(self.robot.controller), gripper, self.places())
+        return Moment(physics, self.controls(), self.places())
 
     def restore(self, moment: Moment) -> None:
         """Go back to `moment`; what follows from its state is computed by the next step."""
         mujoco.mj_resetData(self.model, self.sim.data._data)
         mujoco.mj_setState(self.model, self.sim.data._data, moment.physics, _STATE)
-        self.robot.controller = copy.copy(moment.controller)
-        self.robot.gripper.current_action = moment.gripper.copy()
+        self.control(moment.controls)
         self.put(moment.places)
 
     def load(self, stored: np.ndarray) -> None:
@@ -254,6 +264,8 @@ class Simulation:
         self._change = shift(task, variant)
         self._stored = {} if self._change.rewrites else stored
         self._scene: Scene | None = None
+        self._data: Any = None
+        self._paused: tuple[Controls, tuple[np.ndarray, ...]] | None = None
 
     def begin(self, split: str, index: int) -> None:
         """Go to initial state `index` of `split`, whatever happened before."""
@@ -284,7 +296,6 @@ class Simulation:
         if self._scene is not wanted:
             self.leave()
             self._scene, self._data = wanted, mujoco.MjData(wanted.model)
-            self._paused: tuple[Any, ...] | None = None
         wanted.holders.add(self)
         wanted.players.add(self)
 
@@ -296,6 +307,7 @@ class Simulation:
             here.holders.discard(self)
             if here.user is self:
                 here.user = None
+            self._data = self._paused = None
             if not here.holders:
                 here.free()
 
@@ -314,12 +326,13 @@ class Simulation:
                 here.user._pause(here)
             here.user, here.sim.data._data = self, self._data
             if self._paused:
-                here.robot.controller, here.robot.gripper.current_action, places = self._paused
+                controls, places = self._paused
+                here.control(controls)
                 here.put(places)
         return here
 
     def _pause(self, here: Scene) -> None:
-        self._paused = (here.robot.controller, here.robot.gripper.current_action, here.places())
+        self._paused = here.controls(), here.places()
 
     def advance(self, action: np.ndarray) -> bool:
         """One control step with `action`, float [7] in [-1, 1]; whether the task is solved."""
