@@ -1,6 +1,9 @@
+import multiprocessing
 import os
 import signal
+import struct
 import time
+import types
 from contextlib import closing
 from multiprocessing.connection import wait
 
@@ -149,11 +152,51 @@ def test_an_error_for_the_user_arrives_as_it_is(pair):
     assert [t.episode.task for t in pair.collect(requests("works"))] == ["works"] * ENOUGH
 
 
+def test_what_a_simulator_says_when_it_breaks_is_told(pair, unreliable):
+    with pytest.raises(LearningError, match=r"failed \(FileNotFoundError: no mesh called kettle\.obj\) 3 times"):
+        pair.collect(bad("breaks-always"))
+    assert (unreliable / "breaks-always").read_text() == "xxx"
+
+
 def test_a_world_that_kills_every_time_stops_the_run(pair, unreliable):
     with pytest.raises(LearningError, match=r"died \(exit code -9\) 3 times .*'dies-always'") as raised:
         pair.collect(bad("dies-always"))
     assert raised.value.exit_code == 3
     assert (unreliable / "dies-always").read_text() == "xxx"
+
+
+def test_a_worker_killed_in_the_middle_of_a_message_is_replaced(pair, toy_checkpoint):
+    """What it had sent when it died is the head of a message, as its length says, and the beginning of the rest."""
+    worker = pair._workers[0]
+    requested, replaced = requests("works")[::2], worker.process
+    worker.play(range(0, ENOUGH, 2), requested)
+    own, other = multiprocessing.Pipe()
+    os.write(other.fileno(), struct.pack("!i", 1000) + b"not a thousand bytes")
+    other.close()
+    worker.connection.close()
+    worker.connection = own
+    assert not pair._receive(worker, {}, lambda steps, success: None)
+    assert worker.process is not replaced
+    got = {}
+    while not pair._receive(worker, got, lambda steps, success: None):
+        pass
+    with closing(inline(toy_checkpoint, suite="toyhouse.unreliable")) as alone:
+        assert_same([got[i] for i in range(0, ENOUGH, 2)], alone.collect(requested))
+
+
+def test_a_sign_of_life_is_sent_once_a_second_and_heard(pair):
+    own, other = multiprocessing.Pipe()
+    worker, clock = types.SimpleNamespace(connection=own, heard=0.0), [100.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.time, "monotonic", lambda: clock[0])
+        alive = module._beat(other)
+        for now in (100.5, 101.0, 101.5, 101.9, 102.1):
+            clock[0] = now
+            alive()
+        for _ in range(2):
+            assert not pair._receive(worker, {}, lambda steps, success: None)
+    assert worker.heard == 102.1
+    assert not own.poll()
 
 
 def test_a_hung_worker_is_replaced(pair, unreliable, toy_checkpoint, monkeypatch):

@@ -41,6 +41,8 @@ class UnreliableEnvironment(ToyEnvironment):
             time.sleep(3600)
         if way == "interrupts":
             os.killpg(0, signal.SIGINT)  # as Ctrl-C does: to the run and to its workers
+        if way == "breaks":
+            raise FileNotFoundError("no mesh called kettle.obj")
         if way == "refuses":
             raise PerennialError("The world is closed; try another one.")
 
@@ -49,7 +51,15 @@ class UnreliableSuite(ToySuite):
     name: ClassVar[str] = "unreliable"
     tasks: ClassVar = {
         name: _reach(name, "left")
-        for name in ("dies-once", "dies-always", "hangs-once", "interrupts-once", "refuses-always", "works")
+        for name in (
+            "dies-once",
+            "dies-always",
+            "hangs-once",
+            "interrupts-once",
+            "breaks-always",
+            "refuses-always",
+            "works",
+        )
     }
 
     def make(self, task: str, variant: str = "id", image_size: int = 8) -> UnreliableEnvironment:

@@ -85,10 +85,12 @@ def play(
     seed: int,
     slots: int,
     on_episode: OnEpisode = lambda steps, success: None,
+    on_decision: Callable[[], None] = lambda: None,
 ) -> list[Trajectory]:
     """Play `episodes`, at most `slots` at a time, and return their trajectories in the same order.
 
-    All episodes must share one temperature. `seed` is the run's seed, which names the random streams.
+    All episodes must share one temperature. `seed` is the run's seed, which names the random streams. `on_decision` is
+    called after every chunk that all slots have carried out.
     """
     trajectories: list[Trajectory | None] = [None] * len(episodes)
     waiting = iter(enumerate(episodes))
@@ -97,6 +99,7 @@ def play(
         chunk = policy.act(_observe(active), episodes[0].temperature, [slot.rng for slot in active])
         for row, slot in enumerate(active):
             _execute(slot, chunk, row)
+        on_decision()
         for slot in [slot for slot in active if slot.done]:
             trajectories[slot.index] = _finish(slot)
             environments.give_back(slot.episode.task, slot.episode.variant, slot.environment)

@@ -36,6 +36,8 @@ MEMORY_PER_WORKER = 1.5e9
 """Bytes that a worker with a small policy and a simulator takes at most."""
 LONGEST_WAIT = 3600.0
 """Seconds to listen at one time, as the system refuses waits of weeks."""
+BEAT = 1.0
+"""Seconds after which a worker says again that it lives."""
 ATTEMPTS = 3
 """How often the same episodes are given to a fresh worker before the run stops."""
 
@@ -50,7 +52,8 @@ class WorkerConfig:
             log-probabilities of acting are those that the learner sees.
         count: worker processes; 0 takes one per processor core, or fewer where memory is short.
         slots: episodes played side by side in each worker, which is the batch size of acting.
-        timeout: seconds without a finished episode after which a worker counts as hung.
+        timeout: seconds without a decision after which a worker process counts as hung; played in this process, a
+            simulator that hangs or crashes stops the run.
     """
 
     backend: Literal["process", "inline", "shared"] = "process"
@@ -260,7 +263,7 @@ class ProcessWorkers:
                     busy.remove(worker)
             for worker in busy:
                 if time.monotonic() - worker.heard > self._config.timeout:
-                    worker.again(f"finished no episode for {self._config.timeout:.0f} seconds")
+                    worker.again(f"decided nothing for {self._config.timeout:.0f} seconds")
         return [trajectories[i] for i in range(len(episodes))]
 
     def _receive(self, worker: _Worker, trajectories: dict[int, Trajectory], on_episode: OnEpisode) -> bool:
@@ -268,14 +271,18 @@ class ProcessWorkers:
         worker.heard = time.monotonic()
         try:
             message = worker.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # OSError: killed in the middle of a message
             worker.process.join(5.0)  # the pipe closes a moment before the exit code is known
             worker.again(f"died (exit code {worker.process.exitcode})")
             return False
         if isinstance(message, PerennialError):
             raise message
+        if isinstance(message, str):
+            worker.again(f"failed ({message})")
+            return False
         if isinstance(message, tuple):
             on_episode(*message)
+        if message is None or isinstance(message, tuple):
             return False
         trajectories.update(zip(worker.positions, message, strict=True))
         return True
@@ -293,6 +300,7 @@ def _serve(connection: Connection, cast: Cast, slots: int, flat: Tensor, layout:
     environments = _environments(cast, policy)
     own = flat.to(policy.device)  # the shared buffer itself on the CPU
     bind(policy.model, own, layout)
+    alive = _beat(connection)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             episodes = connection.recv()
@@ -300,10 +308,28 @@ def _serve(connection: Connection, cast: Cast, slots: int, flat: Tensor, layout:
                 own.copy_(flat)
             try:
                 trajectories = play(
-                    policy, environments, episodes, cast.seed, slots, lambda *done: connection.send(done)
+                    policy, environments, episodes, cast.seed, slots, lambda *done: connection.send(done), alive
                 )
             except PerennialError as error:
                 connection.send(error)
                 continue
+            except (BrokenPipeError, ConnectionResetError):
+                raise
+            except Exception as error:  # a simulator may raise anything; the parent says what, and tries again
+                connection.send(f"{type(error).__name__}: {error}")
+                continue
             connection.send(trajectories)
     environments.close()
+
+
+def _beat(connection: Connection) -> Callable[[], None]:
+    """A function that tells the parent, now and then, that this process goes on."""
+    last = time.monotonic()
+
+    def alive() -> None:
+        nonlocal last
+        if time.monotonic() - last >= BEAT:
+            connection.send(None)
+            last = time.monotonic()
+
+    return alive
