@@ -104,7 +104,10 @@ class Scene:
 
     def _look(self, change: Shift) -> None:
         self.model.geom_group[self.model.geom_group == _COLLISION_GROUP] = _UNDRAWN_GROUP
-        self.model.cam_pos[self.model.camera(CAMERA).id] += change.camera
+        camera = self.model.camera(CAMERA).id
+        if change.view:
+            self.model.cam_pos[camera], self.model.cam_quat[camera] = change.view
+        self.model.cam_pos[camera] += change.camera
         headlight = self.model.vis.headlight
         for light in (self.model.light_diffuse, self.model.light_ambient, headlight.diffuse, headlight.ambient):
             light *= change.light

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from perennial.errors import PerennialError
+
 Offset = tuple[float, float]
 """Metres along x and y."""
+Pose = tuple[tuple[float, float, float], tuple[float, float, float, float]]
+"""Place in metres and quaternion, w first."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class Shift:
 
     Attributes:
         camera: how far the third-person camera is moved, in metres.
+        view: where the third-person camera is instead, before it is moved.
         light: factor on the brightness of all lights.
         robot: how far the robot's base is moved, in metres.
         moved: how far the region is moved in which each of these objects starts.
@@ -26,6 +31,7 @@ class Shift:
     """
 
     camera: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    view: Pose | None = None
     light: float = 1.0
     robot: tuple[float, float, float] = (0.0, 0.0, 0.0)
     moved: Mapping[str, Offset] = field(default_factory=dict)
@@ -44,10 +50,25 @@ PERTURBED = {
     "light": Shift(light=0.6),
     "robot": Shift(robot=(-0.02, 0.03, 0.0)),
 }
-"""The three kinds of perturbation in arXiv 2603.11653; it does not publish the sizes, so these are Perennial's own."""
+"""The three kinds of perturbation in arXiv 2603.11653. Its code has poses of the camera, see `cam2`, but no sizes for
+light and robot, so these are Perennial's own."""
 
-_MUGS = {"white_yellow_mug_1": (0.0, -0.07), "porcelain_mug_1": (-0.05, 0.0), "plate_1": (0.0, 0.09)}
-_MUGS_MEDIUM = _MUGS | {"plate_2": (-0.12, 0.0)}
+_SEEN_FROM: tuple[Pose, ...] = (
+    ((0.63861317, 0.0, 1.61035002), (0.63801772, 0.30484972, 0.30484984, 0.63801772)),
+    ((0.6586, 0.05, 1.6104), (0.638, 0.305, 0.304, 0.638)),
+    ((0.6586, -0.05, 1.6104), (0.638, 0.304, 0.305, 0.638)),
+    ((0.6786, 0.0, 1.6304), (0.637, 0.305, 0.305, 0.637)),
+    ((0.659, 0.01, 1.611), (0.638, 0.305, 0.304, 0.638)),
+    ((0.6786, -0.06, 1.6304), (0.637, 0.304, 0.306, 0.637)),
+    ((0.6986, 0.0, 1.5904), (0.639, 0.304, 0.304, 0.639)),
+    ((0.659, 0.0, 1.611), (0.638, 0.304, 0.305, 0.638)),
+    ((0.658, 0.0, 1.61), (0.638, 0.305, 0.304, 0.638)),
+    ((0.6786, 0.0, 1.6104), (0.639, 0.305, 0.305, 0.639)),
+)
+CAM2 = {f"spatial-{place}": {"cam2": Shift(view=pose)} for place, pose in enumerate(_SEEN_FROM)}
+"""Where the released code of arXiv 2603.11653 puts the camera for evaluation in `libero_spatial_cam2`, by task."""
+
+_MUGS = {"white_yellow_mug_1": (0.0, -0.07), "porcelain_mug_1": (-0.05, 0.0)}
 _STOVE = {"flat_stove_1": (0.07, 0.0)}
 _BASKET_MEDIUM = {"cream_cheese_1": (-0.08, 0.0), "basket_1": (0.03, -0.06)}
 _BASKET_HARD = {"alphabet_soup_1": (-0.07, 0.05), "cream_cheese_1": (0.04, -0.1), "basket_1": (0.0, -0.06)}
@@ -59,8 +80,8 @@ RETAIN = {
         "hard-1": Shift(moved=_STOVE | {"moka_pot_1": (0.0, -0.07)}, distractors=2),
     },
     "long-4": {
-        "medium": Shift(moved=_MUGS_MEDIUM),
-        "hard-0": Shift(moved=_MUGS_MEDIUM | {"white_yellow_mug_1": (0.05, -0.09)}, distractors=3),
+        "medium": Shift(moved=_MUGS),
+        "hard-0": Shift(moved=_MUGS | {"white_yellow_mug_1": (0.05, -0.09)}, distractors=3),
         "hard-1": Shift(kitchen=True),
     },
     "long-7": {
@@ -69,9 +90,10 @@ RETAIN = {
         "hard-1": Shift(kitchen=True, distractors=3),
     },
 }
-"""The shifted settings of RETAIN (arXiv 2512.08333; offsets as in their released code), by task and variant.
+"""The shifted settings of RETAIN (arXiv 2512.08333) as its released code runs them, by task and variant.
 
-"medium" is the one on which they choose coefficients, the other two are their tests.
+"medium" is the one on which they choose coefficients, the other two are their tests. Their offsets for the plates of
+long-4 are not here, since they have no effect there: only what starts in a region called `..._init_region` moves.
 """
 
 
@@ -79,31 +101,53 @@ def shift(task: str, variant: str) -> Shift:
     """What `variant` does to `task`.
 
     Raises:
-        KeyError: the variant is not defined for the task.
+        PerennialError: the variant is not defined for the task.
     """
-    return PERTURBED[variant] if variant in PERTURBED else RETAIN[task][variant]
+    special = CAM2 | RETAIN
+    changes = PERTURBED | special.get(task, {})
+    if variant not in changes:
+        others = ", ".join(name for name, variants in special.items() if variant in variants)
+        raise PerennialError(f"The variant {variant!r} is defined for {others}, not for {task!r}; choose another task.")
+    return changes[variant]
 
 
 LAYOUTS, EPISODES_PER_LAYOUT = 5, 10
 """RETAIN draws distractors five times, and plays ten episodes with each."""
 
 _DISTRACTORS = (
+    "akita_black_bowl",
     "alphabet_soup",
     "bbq_sauce",
+    "black_book",
+    "bowl_drainer",
     "butter",
     "chocolate_pudding",
     "cookies",
     "cream_cheese",
+    "glazed_rim_porcelain_ramekin",
     "ketchup",
+    "macaroni_and_cheese",
     "milk",
+    "moka_pot",
+    "new_salad_dressing",
     "orange_juice",
-    "salad_dressing",
+    "plate",
+    "popcorn",
+    "porcelain_mug",
+    "red_coffee_mug",
     "tomato_sauce",
+    "white_bowl",
+    "white_yellow_mug",
+    "wine_bottle",
+    "yellow_book",
 )
-"""Small objects of LIBERO. RETAIN excludes 25 objects by name; which ones is not known here."""
-_HALF_WIDTH, _HALF_DEPTH, _CLEARANCE = 0.3, 0.275, 0.15
-_REACH = 0.001
-"""Half the side of the square, in metres, that a distractor starts in; MuJoCo refuses a region without an area."""
+"""LIBERO's kinds of things without the twenty large ones and five others that RETAIN's code excludes."""
+_HALF_WIDTH, _HALF_DEPTH = 0.3, 0.275
+_CLEARANCE, _CLEARANCE_OF_LARGE = 0.15, 0.25
+_LARGE = ("basket", "flat_stove")
+"""Those of RETAIN's large things whose regions its three tasks have."""
+_REACH = 0.00001
+"""Half the side of the square, in metres, that a distractor starts in."""
 _ATTEMPTS = 10_000
 
 _NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
@@ -148,16 +192,16 @@ def _move(problem: str, name: str, offset: Offset) -> str:
 
 def _distract(problem: str, count: int, rng: np.random.Generator) -> str:
     boxes, starts = _boxes(problem), _starts(problem)
-    taken = [np.array(boxes[region]["box"].split(), float) for region in starts.values() if region in boxes]
+    taken = [_surroundings(boxes[region]) for region in starts.values() if region in boxes]
     target = next(boxes[region]["target"] for region in starts.values() if region in boxes)
-    absent = [kind for kind in _DISTRACTORS if f"{kind}_1" not in problem]
+    absent = [kind for kind in _DISTRACTORS if not re.search(rf"- {kind}\b", problem)]
     regions, objects, begin = "", "", ""
     for number, kind in enumerate(rng.choice(absent, count, replace=False)):
         x, y = _free_place(taken, rng)
-        taken.append(np.array([x - _REACH, y - _REACH, x + _REACH, y + _REACH]))
-        square = " ".join(f"{edge:.6f}" for edge in taken[-1])
-        turn = "(:yaw_rotation ((0.0 0.0)))"
-        regions += f"(distractor_{number} (:target {target}) (:ranges (({square}))) {turn})\n"
+        square = np.array([x - _REACH, y - _REACH, x + _REACH, y + _REACH])
+        taken.append(_grown(square, _CLEARANCE))
+        box, turn = " ".join(f"{edge:.6f}" for edge in square), "(:yaw_rotation ((0.0 0.0)))"
+        regions += f"(distractor_{number} (:target {target}) (:ranges (({box}))) {turn})\n"
         objects += f"{kind}_1 - {kind}\n"
         begin += f"(On {kind}_1 {target}_distractor_{number})\n"
     for section, addition in (("(:regions", regions), ("(:objects", objects), ("(:init", begin)):
@@ -165,12 +209,20 @@ def _distract(problem: str, count: int, rng: np.random.Generator) -> str:
     return problem
 
 
+def _surroundings(region: re.Match[str]) -> np.ndarray:
+    """The rectangle in which no distractor stands because something else starts in `region`."""
+    large = region["name"].startswith(_LARGE)
+    return _grown(np.array(region["box"].split(), float), _CLEARANCE_OF_LARGE if large else _CLEARANCE)
+
+
+def _grown(box: np.ndarray, margin: float) -> np.ndarray:
+    return box + margin * np.array([-1, -1, 1, 1])
+
+
 def _free_place(taken: list[np.ndarray], rng: np.random.Generator) -> Offset:
-    """The middle of a square on the table that keeps its distance from all rectangles in `taken`."""
-    farthest = np.array([_HALF_WIDTH, _HALF_DEPTH]) - _REACH
+    """A place on the table outside all rectangles in `taken`."""
     for _ in range(_ATTEMPTS):
-        x, y = rng.uniform(-farthest, farthest)
-        gaps = [(max(x0 - x, x - x1, 0.0), max(y0 - y, y - y1, 0.0)) for x0, y0, x1, y1 in taken]
-        if all(np.hypot(*gap) >= _CLEARANCE + 2 * _REACH for gap in gaps):
+        x, y = rng.uniform(-_HALF_WIDTH, _HALF_WIDTH), rng.uniform(-_HALF_DEPTH, _HALF_DEPTH)
+        if not any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in taken):
             return float(x), float(y)
     raise ValueError("there is no room for another distractor")

@@ -24,7 +24,7 @@ from perennial.errors import PerennialError, how_to_install, not_installed, unkn
 from perennial.suites import _libero_expert, base
 from perennial.suites._libero_install import assets, prepare
 from perennial.suites._libero_tasks import HORIZONS, SEQUENCES, tasks
-from perennial.suites._libero_variants import PERTURBED
+from perennial.suites._libero_variants import PERTURBED, shift
 
 THIRD_PERSON, WRIST = "agentview", "robot0_eye_in_hand"
 
@@ -72,6 +72,7 @@ class Libero(base.Suite):
             raise unknown("LIBERO task", task, self.tasks)
         if variant not in self.variants:
             raise unknown("LIBERO variant", variant, self.variants)
+        shift(task, variant)
         return LiberoEnvironment(self.tasks[task], variant, image_size, self.protocol)
 
     def expert(self, task: str) -> base.Expert | None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from perennial.errors import PerennialError
 from perennial.suites import base
 from perennial.suites._libero_tasks import FILES, HORIZONS, tasks
 from perennial.suites._libero_variants import RETAIN
-from perennial.suites.libero import THIRD_PERSON, WRIST, Libero, LiberoEnvironment, Protocol
+from perennial.suites.libero import THIRD_PERSON, WRIST, Libero, Protocol
 
 TARGETS = tuple(RETAIN)
 GENERALIST = tuple(
@@ -34,11 +33,3 @@ class LiberoRetain(Libero):
         variants=("id", "medium", "hard-0", "hard-1"),
     )
     sequences: Mapping[str, base.Sequence] = {"retain": base.Sequence(TARGETS, GENERALIST)}
-
-    def make(self, task: str, variant: str = "id", image_size: int = 64) -> LiberoEnvironment:
-        """Build the environment of `task`; see `Suite.make`."""
-        if variant in self.variants[1:] and task not in TARGETS and task in self.tasks:
-            raise PerennialError(
-                f"The variant {variant!r} is defined for {', '.join(TARGETS)}, not for {task!r}; choose another task."
-            )
-        return super().make(task, variant, image_size)
