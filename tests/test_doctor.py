@@ -158,26 +158,6 @@ def test_a_probe_that_hangs_is_ended():
     assert doctor.probe("import time; time.sleep(60)", seconds=0.5) == Probe(False, "no answer within 0 s")
 
 
-@pytest.mark.parametrize(
-    ("limit", "used", "free"),
-    [("3000000000", "1000000000", 2 * GB), ("90000000000", "1000000000", 10 * GB), ("max", "1000000000", 10 * GB)],
-)
-def test_free_memory_is_what_the_system_has_and_the_container_allows(limit, used, free, monkeypatch):
-    files = {"memory.max": f"{limit}\n", "memory.current": f"{used}\n"}
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=10 * GB))
-    monkeypatch.setattr(Path, "read_text", lambda path, **_: files[path.name])
-    assert doctor.free_memory() == free
-
-
-def test_free_memory_is_known_without_a_container(monkeypatch):
-    def read_text(path):
-        raise FileNotFoundError(path)
-
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=10 * GB))
-    monkeypatch.setattr(Path, "read_text", read_text)
-    assert doctor.free_memory() == 10 * GB
-
-
 class Fake(doctor.Suite):
     name = "fake"
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from perennial import discovery
+from perennial import discovery, machine
 from perennial.errors import how_to_install
 from perennial.suites.base import Suite
 
@@ -194,18 +194,6 @@ def declared(distribution: str) -> Requirement:
     return next(requirement for requirement in declarations if requirement.name == distribution)
 
 
-def free_memory() -> int:
-    """Bytes that can be had without swapping, the limit of a container (cgroup v2) included."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        return min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no such group, or its limit is the word "max"
-        return free
-
-
 def gpu_name() -> str | None:
     """Name and memory of the GPU that torch would use, if any."""
     import torch
@@ -268,7 +256,7 @@ def diagnose(runs: Path = Path("runs")) -> list[Check]:
     checks += [
         metaworld_check(metaworld, probe("import metaworld") if metaworld else missing),
         *suite_checks(),
-        memory_check(free_memory()),
+        memory_check(machine.free_memory()),
         disk_check(shutil.disk_usage(nearest_existing(runs)).free, nearest_existing(runs)),
         processor_check(os.cpu_count() or 1, os.getloadavg()[0]),
         runs_check(runs),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from perennial import discovery
+from perennial import discovery, machine
 from perennial.demonstrations.dataset import succeeded
 from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
@@ -34,7 +33,7 @@ def record(options: Demos, console: Console) -> None:
             )
     tasks = options.tasks or tuple(suite.tasks)
     require_known(suite, options.suite, tasks, [options.variant])
-    workers = options.workers or len(os.sched_getaffinity(0))
+    workers = options.workers or machine.cores()
     columns = ("recording", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     failed = 0
 

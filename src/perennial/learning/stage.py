@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from perennial import faults
+from perennial import faults, machine
 from perennial.learning.base import Metrics, Objective
 from perennial.policies.base import Policy
 from perennial.randomness import Key, stream
@@ -86,4 +85,4 @@ def learn(
 
 def learner_threads() -> int:
     """Threads for the update: every core, as the workers wait meanwhile."""
-    return len(os.sched_getaffinity(0))
+    return machine.cores()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import psutil
 import torch
 
+from perennial import machine
 from perennial.config import Config
 from perennial.errors import PerennialError
 from perennial.planning import estimate
@@ -99,5 +99,5 @@ def _use(config: Config) -> Use | None:
 
 def _free(device: str) -> float:
     if device == "cpu":
-        return float(psutil.virtual_memory().available)
+        return float(machine.free_memory())
     return float(torch.cuda.mem_get_info(device)[0]) - RESERVED

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from perennial import config as configuration
-from perennial import discovery, overrides
+from perennial import discovery, machine, overrides
 from perennial.config import Config
 from perennial.errors import PerennialError
 from perennial.planning import estimate
@@ -183,7 +182,7 @@ def _gpu_table(plans: Mapping[str, OnGPU | None]) -> tuple[Table, list[str]]:
 
 
 def _add_this_cpu(table: Table, config: Config, anatomy: Anatomy) -> None:
-    free = psutil.virtual_memory().available
+    free = machine.free_memory()
     use = estimate.fitted(use_of(config, anatomy, on_cpu=True), free)
     table.add_section()
     if estimate.memory(use).peak <= free:

@@ -8,7 +8,6 @@ result does not depend on timing. A worker that dies or hangs is restarted and g
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,12 +17,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal, Protocol
 
-import psutil
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from perennial import discovery, faults
+from perennial import discovery, faults, machine
 from perennial.errors import LearningError, PerennialError
 from perennial.policies._placement import DType, load_policy
 from perennial.policies.base import Policy
@@ -96,8 +94,8 @@ class Workers(Protocol):
 
 def sized(config: WorkerConfig) -> WorkerConfig:
     """`config` with the number of workers decided: one per core, as long as the free memory holds them."""
-    affordable = int(psutil.virtual_memory().available / MEMORY_PER_WORKER)
-    count = config.count or max(1, min(len(os.sched_getaffinity(0)), affordable))
+    affordable = int(machine.free_memory() / MEMORY_PER_WORKER)
+    count = config.count or max(1, min(machine.cores(), affordable))
     return replace(config, count=count)
 
 

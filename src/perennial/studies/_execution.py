@@ -1,12 +1,11 @@
 """Runs a study's grid: as many runs at once as there are processor cores, each an ordinary `perennial run` process.
 
-What has a result is skipped, what was interrupted is resumed. Every run has one core to itself, so its numbers do not
-depend on how many run beside it. However a study ends, its runs end with it.
+What has a result is skipped, what was interrupted is resumed. On Linux every run has one core to itself, so its numbers
+do not depend on how many run beside it, and however a study ends, its runs end with it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import shlex
@@ -24,6 +23,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 import perennial
+from perennial import machine
 from perennial.display import ONE_LINE, Remaining
 from perennial.doctor import describe_machine
 from perennial.errors import PerennialError
@@ -36,9 +36,6 @@ from perennial.studies import _results
 from perennial.studies.base import FOLDER, Entry, Preparation, Study, without_place
 
 POLL_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1
-"""Of Linux' <linux/prctl.h>: the signal that a process gets when its parent is gone."""
-_LIBC = ctypes.CDLL(None)
 
 
 @dataclass
@@ -66,7 +63,7 @@ def execute(study: Study, name: str, folder: Path, entries: Sequence[Entry], job
         missing = [entry for entry in entries if not _results.has(folder, entry)]
         console.print(f"{len(entries) - len(missing)} of {len(entries)} runs of the study are done.", highlight=False)
         _prepare(study, folder, missing, console)
-        failed = _work(name, folder, missing, jobs or len(os.sched_getaffinity(0)), console)
+        failed = _work(name, folder, missing, jobs or machine.cores(), console)
     if failed:
         logs = ", ".join(str(_log(folder, entry)) for entry in failed[:3])
         raise PerennialError(
@@ -103,7 +100,7 @@ def _prepare(study: Study, folder: Path, missing: Sequence[Entry], console: Cons
         arguments = [part.replace(FOLDER, str(folder)) for part in preparation.arguments]
         console.print(f"Preparing {preparation.path}", highlight=False)
         command = [sys.executable, "-m", "perennial", *arguments]
-        if subprocess.run(command, check=False, preexec_fn=_end_with_parent).returncode:
+        if subprocess.run(command, check=False, preexec_fn=machine.end_with_parent).returncode:
             raise PerennialError(
                 f"Preparing {preparation.path} failed; see above, and repeat the command to try again."
             )
@@ -136,7 +133,7 @@ def _record(folder: Path, preparation: Preparation) -> Path:
 def _work(name: str, folder: Path, missing: Sequence[Entry], jobs: int, console: Console) -> list[Entry]:
     """Run all of `missing`; returns those that failed."""
     waiting, working, failed = list(missing), list[_Job](), list[Entry]()
-    cores = sorted(os.sched_getaffinity(0))[:jobs]
+    cores = machine.core_numbers()[:jobs]
     progress = _progress(console)
     total = progress.add_task("study", total=len(missing), before=0, completed=0)
     done = 0
@@ -178,27 +175,17 @@ def _start(folder: Path, entry: Entry, core: int, progress: Progress) -> _Job:
     with atomic.explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("ab")
-    everything = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {core})  # inherited, and workers and threads of a run are counted by it
-    try:
-        with log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "perennial", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches it through us, once
-                preexec_fn=_end_with_parent,
-            )
-    finally:
-        os.sched_setaffinity(0, everything)
+    with log, machine.pinned(core):  # workers and threads of a run are counted by it
+        process = subprocess.Popen(
+            [sys.executable, "-m", "perennial", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches it through us, once
+            preexec_fn=machine.end_with_parent,  # so that repeating the command finds no run still at work
+        )
     bar = progress.add_task(escape(entry.name), total=1.0, completed=0, before=0.0)
     return _Job(entry, core, process, bar, resumed)
-
-
-def _end_with_parent() -> None:
-    """In a new process: be killed when the study is, so that repeating the command finds no run still at work."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _check_same(run: Path, folder: Path, entry: Entry) -> None:
@@ -216,7 +203,7 @@ def _finished(job: _Job) -> tuple[int | None, int]:
     if pid == 0:
         return None, 0
     job.process.returncode = os.waitstatus_to_exitcode(status)
-    return job.process.returncode, usage.ru_maxrss * 1024
+    return job.process.returncode, machine.peak_bytes(usage)
 
 
 def _share(folder: Path, entry: Entry) -> float:
