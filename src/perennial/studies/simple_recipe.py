@@ -2,7 +2,8 @@
 
 The coefficients of EWC, L2, KL anchor, ER and DER were chosen before, by the study `strategy_strength` on three of the
 tasks with a seed that is not used here (but on the same evaluation states): the strongest one tried that keeps two
-thirds of what sequential fine-tuning gains. The other strategies have their published settings.
+thirds of what sequential fine-tuning gains. The other strategies have their published settings. For full
+fine-tuning nothing was searched: `full` has a lower learning rate, `full_untuned` that of LoRA, as in the paper.
 """
 
 from perennial.presets.simple_recipe_metaworld import SEQUENCE
