@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from perennial import cli
-from perennial.learning.sft import SFT
 from perennial.testing import strategy_conformance
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "REPRODUCE.md", *s
 FENCE = re.compile(r"^ *```(bash|console|sh|shell) *\n(.*?)^ *``` *$", re.MULTILINE | re.DOTALL)
 PYTHON_FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+CELL = re.compile(r"\| `(perennial \w+ [^`]+)` \|$", re.MULTILINE)
 BEFORE_A_COMMAND = re.compile(r"do|time|nohup|[A-Z_]+=.*")
 QUICK = {"list", "plan"}
 """Commands that are run as they stand; every other one is only parsed, except that `run` gets `--dry-run`."""
@@ -41,8 +41,12 @@ class Command:
 
 
 def commands(text: str) -> list[Command]:
-    """The commands in the fenced shell blocks of a Markdown text that call `perennial` or `make`."""
-    found = []
+    """The commands that call `perennial` or `make`, in the fenced shell blocks and the table cells of a Markdown text."""
+    found = [
+        Command(text.count("\n", 0, cell.start()) + 1, words)
+        for cell in CELL.finditer(text)
+        for words in split(cell[1])
+    ]
     for fence in FENCE.finditer(text):
         line = text.count("\n", 0, fence.start()) + 1
         source = fence[2].replace("\\\n", " ")
@@ -83,16 +87,11 @@ DOCUMENTED = [
 
 
 @pytest.mark.parametrize("words", DOCUMENTED)
-def test_every_documented_command_is_understood(words, monkeypatch, capsys):
+def test_every_documented_command_is_understood(words, monkeypatch):
     program, *arguments = words
     if program == "make":
         tried = subprocess.run(["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
         assert tried.returncode == 0, tried.stderr
-        return
-    if any(word.startswith("hub:") for word in arguments):  # all that it lacks is the download
-        with pytest.raises(SystemExit):
-            understood(arguments, monkeypatch)
-        assert "is not on this disk; download it with" in capsys.readouterr().err
         return
     understood(arguments, monkeypatch)
 
@@ -106,7 +105,9 @@ def understood(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name, kind in cli.COMMANDS.items():
         if name not in {"run", *QUICK}:
             monkeypatch.setattr(kind, "__call__", lambda self: None)
-    monkeypatch.setattr(SFT, "check", lambda self, tasks: None)  # demonstrations that an earlier command records
+    for user in ("learning.sft", "strategies.replay"):  # a reader brings demonstrations, or records them before
+        monkeypatch.setattr(f"perennial.{user}.require_recorded", lambda *_: None)
+    monkeypatch.setattr("perennial.config.checkpoint_folder", lambda checkpoint: checkpoint)  # or downloads
     if arguments[:1] == ["run"] and not {"--dry-run", "--help"} & {*arguments}:
         arguments = [*arguments, "--dry-run"]
     try:

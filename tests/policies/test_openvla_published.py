@@ -264,6 +264,19 @@ def test_the_statistics_of_fine_tuning_take_the_place_of_the_models_own(folder):
     assert OpenVLAOFT.load(folder).config.action_dim == 1
 
 
+def test_statistics_of_libero_bring_its_gripper_and_its_camera(folder):
+    def with_statistics(name):
+        statistics = {name: {"action": {"q01": [-2.0], "q99": [2.0]}}}
+        (folder / "dataset_statistics.json").write_text(json.dumps(statistics))
+        config = OpenVLAOFT.load(folder).config
+        return config.gripper, config.camera_size
+
+    assert with_statistics("bridge_orig") == ("unchanged", None)
+    assert with_statistics("libero_spatial_no_noops") == ("libero", 256)
+    settings(folder, gripper="unchanged", camera_size=64)
+    assert with_statistics("libero_spatial_no_noops") == ("unchanged", 64)
+
+
 def test_a_checkpoint_without_statistics_is_refused(folder):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_stats": None}))

@@ -23,6 +23,8 @@ from perennial.policies._openvla_oft_config import (
 )
 
 SETTINGS = "perennial.json"
+LIBERO_CAMERA = 256
+"""Pixels of the pictures in the data sets made of LIBERO's demonstrations."""
 STOP_TOKEN_ID = 2
 """Llama's end of a sequence."""
 
@@ -57,7 +59,9 @@ class Settings:
         layout: of the action slots; "official" puts the stop token after them, "rl" nothing (models trained for or by
             reinforcement learning with a token head).
         empty_token: the prompt ends in the tokenizer's "▁", as it did in training.
-        views, use_proprio, center_crop, camera_size, gripper, max_prompt_length: see `OpenVLAOFTConfig`.
+        camera_size, gripper: see `OpenVLAOFTConfig`; None takes 256 and "libero" for statistics whose name begins with
+            "libero", as those data sets were drawn at 256 pixels and say 1 for an open gripper.
+        views, use_proprio, center_crop, max_prompt_length: see `OpenVLAOFTConfig`.
         dtype: of the weights in memory.
         towers: sizes of vision towers that are not the published ones.
     """
@@ -71,7 +75,7 @@ class Settings:
     use_proprio: bool = False
     center_crop: bool = False
     camera_size: int | None = None
-    gripper: Literal["unchanged", "libero"] = "unchanged"
+    gripper: Literal["unchanged", "libero"] | None = None
     max_prompt_length: int = 128
     dtype: Literal["float32", "bfloat16"] = "float32"
     towers: Towers | None = None
@@ -119,7 +123,7 @@ def read_settings(folder: Path) -> Settings:
     for name, value in values.items():
         if name not in {f.name for f in fields(Settings)}:
             raise unknown(f"setting in {path}", name, (f.name for f in fields(Settings)))
-        if name in CHOICES and value not in CHOICES[name]:
+        if value is not None and name in CHOICES and value not in CHOICES[name]:
             raise PerennialError(f"{name} is {value!r} in {path}; choose one of {', '.join(CHOICES[name])}.")
         if not _fits(value, get_type_hints(Settings)[name]):
             raise PerennialError(f"{name} cannot be {value!r} in {path}; see docs/models.md for its values.")
@@ -164,6 +168,8 @@ def read_config(folder: Path, settings: Settings, chunk: int, empty_token_id: in
     towers = _normalised(folder, towers)
     vocabulary = text.get("vocab_size", 32000)
     try:
+        key, norm_stats = _statistics(folder, published, settings)
+        of_libero = key.startswith("libero")
         return OpenVLAOFTConfig(
             image_size=published["image_sizes"][0],
             patch_size=towers.patch_size,
@@ -176,16 +182,16 @@ def read_config(folder: Path, settings: Settings, chunk: int, empty_token_id: in
             action_bins=published["n_action_bins"],
             chunk=settings.chunk or chunk,
             hold=settings.hold,
-            norm_stats=_statistics(folder, published, settings),
+            norm_stats=norm_stats,
             use_proprio=settings.use_proprio,
             bos_token_id=text.get("bos_token_id", 1),
             views=settings.views,
             center_crop=settings.center_crop,
-            camera_size=settings.camera_size,
+            camera_size=settings.camera_size or (LIBERO_CAMERA if of_libero else None),
             max_prompt_length=settings.max_prompt_length,
             prompt_end=(empty_token_id,) if settings.empty_token and empty_token_id is not None else (),
             stop_token_id=STOP_TOKEN_ID if settings.layout == "official" else None,
-            gripper=settings.gripper,
+            gripper=settings.gripper or ("libero" if of_libero else "unchanged"),
         )
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise PerennialError(f"{path} cannot be read ({error!r}); copy or download the folder again.") from error
@@ -251,8 +257,8 @@ def _normalised(folder: Path, towers: Towers) -> Towers:
     return Towers(towers.patch_size, dino, siglip)
 
 
-def _statistics(folder: Path, published: Mapping[str, Any], settings: Settings) -> NormStats:
-    """The chosen statistics; those of fine-tuning, if there are any, take the place of the model's own."""
+def _statistics(folder: Path, published: Mapping[str, Any], settings: Settings) -> tuple[str, NormStats]:
+    """Name and values of the chosen statistics; those of fine-tuning, if any, take the place of the model's own."""
     path = folder / "dataset_statistics.json"
     known = read_json(path) if path.is_file() else published.get("norm_stats")
     if not known:
@@ -270,7 +276,7 @@ def _statistics(folder: Path, published: Mapping[str, Any], settings: Settings) 
     if key not in known:
         raise unknown(f"data set in the statistics of {folder}", key, known)
     proprio = known[key].get("proprio") if settings.use_proprio else None
-    return NormStats(_quantiles(known[key]["action"]), _quantiles(proprio) if proprio else None)
+    return key, NormStats(_quantiles(known[key]["action"]), _quantiles(proprio) if proprio else None)
 
 
 def _quantiles(stats: Mapping[str, Any]) -> Quantiles:

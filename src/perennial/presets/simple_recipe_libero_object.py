@@ -1,6 +1,6 @@
 """The study of the simple recipe (arXiv 2603.11653) on LIBERO object: five tasks in a row, five held out.
 
-It starts from their checkpoint Openvla-oft-SFT-libero-object-traj1; name its folder by --policy.checkpoint.
+It starts from their checkpoint: `hf download Haozhan72/Openvla-oft-SFT-libero-object-traj1`.
 """
 
 from perennial.presets._simple_recipe import simple_recipe
@@ -10,6 +10,6 @@ CONFIG = simple_recipe(
     "LIBERO, suite object",
     "libero_study",
     LiberoStudy.sequences["object"],
-    "Openvla-oft-SFT-libero-object-traj1",
+    "hub:Haozhan72/Openvla-oft-SFT-libero-object-traj1",
     iterations=10,
 )

@@ -6,7 +6,7 @@ temperatures from the only released ManiSkill configuration, the 160 initial sta
 re-implementation that cites the appendix; 320 evaluation episodes are those of LIBERO.
 
 It cannot be run as it stands: the suite lacks the scene of these tasks. It starts from OpenVLA after their warm-up,
-gen-robot/openvla-7b-rlvla-warmup; name its folder by --policy.checkpoint.
+`hf download gen-robot/openvla-7b-rlvla-warmup`.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ LIKE_LIBERO = simple_recipe(
     "ManiSkill, put things on a plate",
     "maniskill",
     ManiSkill.sequences["on_plate"],
-    "openvla-7b-rlvla-warmup",
+    "hub:gen-robot/openvla-7b-rlvla-warmup",
     iterations=10,
 )
 (GRPO_LIKE_LIBERO,) = LIKE_LIBERO.recipe
