@@ -41,12 +41,10 @@ class Command:
 
 
 def commands(text: str) -> list[Command]:
-    """The commands that call `perennial` or `make`, in the fenced shell blocks and the table cells of a Markdown text."""
-    found = [
-        Command(text.count("\n", 0, cell.start()) + 1, words)
-        for cell in CELL.finditer(text)
-        for words in split(cell[1])
-    ]
+    """The commands that call `perennial` or `make` in the fenced shell blocks and tables of a Markdown text."""
+    found = []
+    for cell in CELL.finditer(text):
+        found += [Command(text.count("\n", 0, cell.start()) + 1, words) for words in split(cell[1])]
     for fence in FENCE.finditer(text):
         line = text.count("\n", 0, fence.start()) + 1
         source = fence[2].replace("\\\n", " ")
