@@ -1,9 +1,12 @@
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 from libero_assets import libero, needs_libero, unpacked  # noqa: F401
+from packaging.requirements import Requirement
 
 from perennial.errors import PerennialError
 from perennial.suites import _libero_install
@@ -112,6 +115,26 @@ def test_a_missing_simulator_is_explained(monkeypatch):
         _libero_install.package()
 
 
+def test_it_is_not_to_be_installed_beside_another_robosuite(monkeypatch):
+    """The install would take RoboCasa's away."""
+    monkeypatch.setattr("perennial.doctor.installed_version", {"robosuite": "1.5.2"}.get)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PerennialError, match=r"environment of its own, .* robosuite 1\.5\.2 is here") as raised:
+        SUITE.make("object-0")
+    assert "pip install" not in str(raised.value)
+
+
+def test_an_import_that_fails_says_the_same(installed, monkeypatch):
+    complete(installed / "package" / "assets")
+    monkeypatch.setattr("perennial.doctor.installed_version", {"robosuite": "1.5.2"}.get)
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    monkeypatch.setitem(sys.modules, "libero", None)
+    monkeypatch.delitem(sys.modules, "libero.libero", raising=False)
+    monkeypatch.delitem(sys.modules, "perennial.suites._libero_simulation", raising=False)
+    with pytest.raises(PerennialError, match=r"cannot be imported .*; it needs an environment of its own"):
+        SUITE.make("object-0")
+
+
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """A folder that pretends to be the installed package, and a home without anything in it."""
@@ -128,8 +151,10 @@ def complete(folder):
 
 
 def test_missing_assets_are_one_sentence_with_the_folder_and_the_variable(installed, monkeypatch):
-    with pytest.raises(PerennialError, match=r"package/assets.*PERENNIAL_LIBERO_ASSETS"):
+    with pytest.raises(PerennialError, match=r"package/assets.*PERENNIAL_LIBERO_ASSETS") as raised:
         _libero_install.assets()
+    assert f"--local-dir {installed / 'home' / '.cache' / 'libero' / 'assets'}" in str(raised.value)
+    assert "python" not in str(raised.value), "importing LIBERO asks a question"
     complete(installed / "home" / ".cache" / "libero" / "assets")
     assert _libero_install.assets() == installed / "home" / ".cache" / "libero" / "assets"
     monkeypatch.setenv("PERENNIAL_LIBERO_ASSETS", str(installed / "mine"))
@@ -142,7 +167,8 @@ def test_the_doctor_says_what_is_missing(installed, monkeypatch):
     monkeypatch.setattr("perennial.doctor.installed_version", lambda name: None)
     (check,) = SUITE.doctor()
     assert (check.status, check.finding) == ("warning", "not installed")
-    monkeypatch.setattr("perennial.doctor.installed_version", {"hf-libero": "0.1.4"}.get)
+    versions = {"hf-libero": "0.1.4", "robosuite": "1.4.0", "mujoco": "3.3.2"}
+    monkeypatch.setattr("perennial.doctor.installed_version", versions.get)
     (check,) = SUITE.doctor()
     assert (check.status, check.finding) == ("warning", "0.1.4 without its assets")
     assert "PERENNIAL_LIBERO_ASSETS" in check.fix
@@ -150,6 +176,22 @@ def test_the_doctor_says_what_is_missing(installed, monkeypatch):
     (check,) = SUITE.doctor()
     assert check.status == "ok"
     assert LiberoStudy().doctor() == []
+    versions["mujoco"] = "3.3.3"
+    (check,) = SUITE.doctor()
+    assert (check.status, "MuJoCo 3.3.3" in check.finding, "3.3.0" in check.fix) == ("problem", True, True)
+    versions["robosuite"] = "1.5.2"
+    (check,) = SUITE.doctor()
+    assert (check.status, "robosuite 1.5.2" in check.finding) == ("problem", True)
+    assert "an environment of its own" in check.fix
+
+
+def test_the_extra_asks_for_releases_that_the_doctor_does_not_refuse():
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        extra = tomllib.load(file)["project"]["optional-dependencies"]["libero"]
+    wanted = {requirement.name: requirement.specifier for requirement in map(Requirement, extra)}
+    assert "3.3.3" not in wanted["mujoco"]
+    assert _libero_install.LAST_MUJOCO in wanted["mujoco"]
+    assert _libero_install.ROBOSUITE in wanted["robosuite"]
 
 
 def test_the_config_is_written_into_our_own_folder(installed):

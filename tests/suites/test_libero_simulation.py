@@ -1,7 +1,9 @@
 """LIBERO's simulator against LIBERO's own environment, and its scenes that are dropped and built again."""
 
 import gc
+import os
 import resource
+import shutil
 import weakref
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from libero_assets import NAMED, libero, needs_libero, unpacked  # noqa: F401
 
+from perennial.errors import PerennialError
 from perennial.suites import _libero_variants
 from perennial.suites._libero_tasks import location
 from perennial.suites.libero import Libero
@@ -159,6 +162,34 @@ def test_retain_moves_things_and_adds_others(libero, monkeypatch):  # noqa: F811
     environment.close()
     assert [len(names) for names in found] == [3, 3, 3]
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("stable_hope_objects/milk/milk.xml", None),
+        ("stable_hope_objects/milk/visual/textured_vis.msh", None),
+        ("stable_hope_objects/milk/visual/textured_vis.msh", b"cut off"),
+        ("stable_hope_objects/milk/milk.xml", b"<mujoco>"),
+    ],
+)
+def test_a_missing_or_damaged_file_of_the_assets_is_named(libero, unpacked, tmp_path, monkeypatch, file, content):  # noqa: F811
+    """Where a scene is built from an incomplete copy of the assets."""
+    assets = shutil.copytree(unpacked, tmp_path / "assets", copy_function=os.symlink)
+    (assets / file).unlink()
+    if content is not None:
+        (assets / file).write_bytes(content)
+    monkeypatch.setenv("PERENNIAL_LIBERO_ASSETS", str(assets))
+    environment = SUITE.make("object-7")
+    from perennial.suites import _libero_simulation
+
+    monkeypatch.setattr(_libero_simulation, "_scenes", {})
+    with pytest.raises(PerennialError, match=r"PERENNIAL_LIBERO_ASSETS") as raised:
+        start(environment)
+    said = str(raised.value)
+    assert str(assets) in said
+    assert Path(file).name in said or content == b"<mujoco>"
+    assert "hf download" in said
 
 
 @pytest.fixture

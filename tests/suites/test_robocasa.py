@@ -166,15 +166,22 @@ def test_closing_twice_closes_once():
 def test_a_missing_simulator_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "robocasa", None)
     monkeypatch.setenv("MUJOCO_GL", "glfw")
-    with pytest.raises(PerennialError, match=r"cannot be imported .*; .* by the commands in docs/suites\.md"):
+    with pytest.raises(
+        PerennialError, match=r"cannot be imported .*; .* an environment of its own, .* docs/suites\.md"
+    ):
         SUITE.make("TurnOnMicrowave")
 
 
 def test_the_doctor_says_whether_it_is_installed(monkeypatch):
     monkeypatch.setattr("perennial.doctor.installed_version", lambda _: None)
     assert [check.status for check in SUITE.doctor()] == ["warning"]
-    monkeypatch.setattr("perennial.doctor.installed_version", lambda name: {"robocasa": "1.0.1"}[name])
+    versions = {"robocasa": "1.0.1", "robosuite": "1.5.2"}
+    monkeypatch.setattr("perennial.doctor.installed_version", versions.get)
     assert [(check.status, check.finding) for check in SUITE.doctor()] == [("ok", "1.0.1")]
+    versions["robosuite"] = "1.4.0"
+    (check,) = SUITE.doctor()
+    assert (check.status, check.finding) == ("problem", "1.0.1 with robosuite 1.4.0, but it needs 1.5")
+    assert "an environment of its own" in check.fix
 
 
 @pytest.mark.usefixtures("robocasa")

@@ -16,7 +16,25 @@ from perennial.suites._mujoco import choose_gl
 ASSETS = "PERENNIAL_LIBERO_ASSETS"
 """Environment variable that names the folder with LIBERO's meshes, textures and scenes."""
 
+ROBOSUITE = "1.4.0"
+"""The release that hf-libero declares."""
+LAST_MUJOCO = "3.3.2"
+"""Later releases draw LIBERO darker and lower success rates (LIBERO issues 87 and 88, pull request 140)."""
+
 _KINDS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
+
+
+def how_to_get() -> str:
+    """How LIBERO is installed; not beside another robosuite, which it would replace."""
+    from perennial.doctor import installed_version
+
+    other = installed_version("robosuite")
+    if other in (None, ROBOSUITE):
+        return f"run {how_to_install('libero')}"
+    return (
+        "it needs an environment of its own, made by the commands in docs/suites.md, because robosuite "
+        f"{other} is here for another suite and LIBERO needs {ROBOSUITE}"
+    )
 
 
 def package() -> Path:
@@ -27,7 +45,7 @@ def package() -> Path:
     """
     found = importlib.util.find_spec("libero")
     if found is None or not found.submodule_search_locations:
-        raise PerennialError(f"LIBERO is not installed; run {how_to_install('libero')}.")
+        raise PerennialError(f"LIBERO is not installed; {how_to_get()}.")
     return Path(next(iter(found.submodule_search_locations))) / "libero"
 
 
@@ -45,8 +63,21 @@ def assets() -> Path:
             return place
     raise PerennialError(
         f"LIBERO's assets are not in {' or '.join(map(str, places))}: set {ASSETS} to a folder that has them, or fetch "
-        "them once by `python -c 'from libero.libero.utils.download_utils import *; "
-        "download_assets_from_huggingface()'`."
+        f"them once by `{_fetch(places[-1])}`."
+    )
+
+
+def _fetch(folder: Path) -> str:
+    """The command that puts the assets into `folder`; unlike LIBERO's own it asks no question."""
+    return f"hf download lerobot/libero-assets --repo-type dataset --local-dir {folder}"
+
+
+def incomplete(error: Exception) -> PerennialError:
+    """The error for a scene that could not be built; `error` names the file."""
+    folder = assets()
+    return PerennialError(
+        f"LIBERO cannot build the scene from the assets in {folder} ({error}): complete that folder, which "
+        f"`{_fetch(folder)}` does, or set {ASSETS} to another one."
     )
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import mujoco
 import numpy as np
@@ -24,7 +25,7 @@ from libero.libero.envs import TASK_MAPPING, bddl_utils
 from robosuite.utils.errors import RandomizationError
 
 from perennial.randomness import integer_seed, stream
-from perennial.suites._libero_install import package
+from perennial.suites._libero_install import incomplete, package
 from perennial.suites._libero_tasks import location
 from perennial.suites._libero_variants import EPISODES_PER_LAYOUT, LAYOUTS, Shift, rewritten, shift
 from perennial.suites._mujoco import Painter, borrow, give_back
@@ -208,21 +209,28 @@ def _problem(task: str, change: Shift, rng: np.random.Generator) -> str:
 
 
 def _build(problem: str) -> Any:
-    """LIBERO's environment of a problem, as its `OffScreenRenderEnv` makes it, but without cameras."""
+    """LIBERO's environment of a problem, as its `OffScreenRenderEnv` makes it, but without cameras.
+
+    Raises:
+        PerennialError: a file of the assets is missing or damaged.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "problem.bddl"
         path.write_text(problem)
         kind = TASK_MAPPING[bddl_utils.get_problem_info(str(path))["problem_name"]]
-        return kind(
-            str(path),
-            robots=["Panda"],
-            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
-            initialization_noise=None,
-            use_camera_obs=False,
-            has_offscreen_renderer=False,
-            control_freq=20,
-            ignore_done=True,
-        )
+        try:
+            return kind(
+                str(path),
+                robots=["Panda"],
+                controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+                initialization_noise=None,
+                use_camera_obs=False,
+                has_offscreen_renderer=False,
+                control_freq=20,
+                ignore_done=True,
+            )
+        except (OSError, ValueError, ElementTree.ParseError) as error:
+            raise incomplete(error) from error
 
 
 @functools.cache

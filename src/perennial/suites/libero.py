@@ -19,10 +19,11 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+from packaging.version import Version
 
-from perennial.errors import PerennialError, how_to_install, not_installed, unknown
+from perennial.errors import PerennialError, unknown
 from perennial.suites import _libero_expert, base
-from perennial.suites._libero_install import assets, prepare
+from perennial.suites._libero_install import LAST_MUJOCO, ROBOSUITE, assets, how_to_get, prepare
 from perennial.suites._libero_tasks import HORIZONS, SEQUENCES, tasks
 from perennial.suites._libero_variants import PERTURBED, shift
 
@@ -82,17 +83,22 @@ class Libero(base.Suite):
         return _libero_expert.PickAndPlace() if task in _libero_expert.TASKS else None
 
     def doctor(self) -> list[Any]:
-        """One check for all suites of LIBERO; its MuJoCo versions are judged with MuJoCo."""
+        """One check for all suites of LIBERO."""
         return [_installation()] if self.name == Libero.name else []
 
 
 def _installation() -> Any:
-    """Whether LIBERO and its assets are here, for `perennial doctor`."""
+    """Whether LIBERO, its assets and the releases that it needs are here, for `perennial doctor`."""
     from perennial.doctor import Check, installed_version
 
-    version = installed_version("hf-libero")
+    version, robosuite, mujoco = map(installed_version, ("hf-libero", "robosuite", "mujoco"))
     if version is None:
-        return Check("LIBERO", "warning", "not installed", how_to_install("libero"))
+        return Check("LIBERO", "warning", "not installed", how_to_get())
+    if robosuite != ROBOSUITE:
+        return Check("LIBERO", "problem", f"{version} with robosuite {robosuite} instead of {ROBOSUITE}", how_to_get())
+    if mujoco and Version(mujoco) > Version(LAST_MUJOCO):
+        finding = f"{version} with MuJoCo {mujoco}, which draws it darker than {LAST_MUJOCO} and lowers success rates"
+        return Check("LIBERO", "problem", finding, "In a fresh environment: pip install 'mujoco==3.3.0'")
     try:
         found = assets()
     except PerennialError as error:
@@ -106,7 +112,7 @@ def _simulator() -> Any:
         prepare()
         from perennial.suites import _libero_simulation
     except ImportError as error:
-        raise not_installed("LIBERO", "libero", error) from error
+        raise PerennialError(f"LIBERO cannot be imported ({error}); {how_to_get()}.") from error
     return _libero_simulation
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
+from packaging.version import Version
 
 from perennial.errors import PerennialError, unknown
 from perennial.suites import base
@@ -95,9 +96,12 @@ class RoboCasa(base.Suite):
         """Whether RoboCasa is here."""
         from perennial.doctor import Check, installed_version
 
-        version = installed_version("robocasa")
+        version, robosuite = installed_version("robocasa"), installed_version("robosuite")
+        fix = "it needs an environment of its own, made by the commands in docs/suites.md"
         if version is None:
-            return [Check("RoboCasa", "warning", "not installed", "install it by the commands in docs/suites.md")]
+            return [Check("RoboCasa", "warning", "not installed", fix)]
+        if robosuite is None or Version(robosuite) < Version("1.5"):
+            return [Check("RoboCasa", "problem", f"{version} with robosuite {robosuite}, but it needs 1.5", fix)]
         return [Check("RoboCasa", "ok", version)]
 
 
@@ -108,8 +112,8 @@ def _wrapper() -> Any:
         from robocasa.wrappers.gym_wrapper import RoboCasaGymEnv
     except ImportError as error:
         raise PerennialError(
-            f"RoboCasa cannot be imported ({error}); it is on no package registry, so install it from its repository "
-            "by the commands in docs/suites.md."
+            f"RoboCasa cannot be imported ({error}); it needs an environment of its own, since its robosuite is not "
+            "LIBERO's: make one by the commands in docs/suites.md."
         ) from error
     return RoboCasaGymEnv
 
