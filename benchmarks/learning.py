@@ -9,11 +9,10 @@ from contextlib import closing
 import numpy as np
 import torch
 
-from perennial import discovery
+from perennial import discovery, machine
 from perennial.config import Config
 from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import build_optimizer
-from perennial.learning.stage import learner_threads
 from perennial.policies.base import Batch, Policy
 from perennial.policies.lora import add_adapter
 from perennial.randomness import stream
@@ -41,7 +40,7 @@ def measure(config: Config, repeats: int) -> Result:
     kept, _ = weighted_batch(policy, trajectories)
     played = sum(len(t.steps) for t in trajectories)
     full = len(trajectories) * -(-task.horizon // policy.chunk_steps)
-    torch.set_num_threads(learner_threads())
+    torch.set_num_threads(machine.cores())
     seconds = []
     for repeat in range(repeats):
         optimizer = build_optimizer(policy, Strategies(), grpo.optimizer)

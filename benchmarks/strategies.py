@@ -18,13 +18,12 @@ import numpy as np
 import torch
 
 import page
-from perennial import discovery
+from perennial import discovery, machine
 from perennial.config import Config, preset
 from perennial.doctor import describe_machine
 from perennial.learning.base import gradient_step
 from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import build_optimizer
-from perennial.learning.stage import learner_threads
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.randomness import stream
@@ -71,7 +70,7 @@ def measure(config: Config, repeats: int) -> tuple[dict[str, float], int]:
     cast = Cast(config.suite, config.policy.name, checkpoint, config.seed)
     with closing(start_workers(config.workers, cast, policy.acting_weights())) as workers:
         played = {task.name: workers.collect(grpo.episodes((task,), ("bench", 0))) for task in (first, second)}
-    torch.set_num_threads(learner_threads())
+    torch.set_num_threads(machine.cores())
     kept = [trajectory for trajectory in played[first.name] if trajectory.success]
     guarded: dict[str, Strategy] = {
         "ewc": EWC(),

@@ -220,12 +220,37 @@ def test_a_lost_cell_of_an_earlier_row_is_played_with_the_weights_of_then(run, b
     assert essence(copy) == essence(run)
 
 
-def test_a_task_ends_with_as_many_threads_in_a_resumed_run(before_the_last_task_ended, monkeypatch, no_report):
-    threads = []
-    monkeypatch.setattr(experiment, "learner_threads", lambda: 3)
-    monkeypatch.setattr(Strategies, "after_task", lambda *_: threads.append(torch.get_num_threads()))
-    experiment.resume(before_the_last_task_ended)
-    assert threads == [3]
+def test_a_resumed_run_has_the_threads_that_it_began_with(config, tmp_path, monkeypatch, no_report):
+    with monkeypatch.context() as patch:
+        patch.setattr("perennial.machine.cores", lambda: 3)
+        patch.setattr(Strategies, "after_task", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            experiment.start(replace(config, threads=0), "toy", tmp_path / "run")
+    seen = []
+
+    def counted(inner):
+        return lambda *arguments: seen.append(torch.get_num_threads()) or inner(*arguments)
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr("perennial.machine.cores", lambda: 2)
+    monkeypatch.setattr(GRPO, "update", counted(GRPO.update))
+    monkeypatch.setattr(Strategies, "after_task", counted(Strategies.after_task))
+    experiment.resume(tmp_path / "run")
+    assert seen == [3] * 4  # the end of a task, with no iteration left to learn, two iterations, and an end
+
+
+def test_a_run_that_does_not_know_its_threads_has_one_for_each_core(run, tmp_path, monkeypatch, no_report):
+    begun = tmp_path / "run"
+    shutil.copytree(run / "evaluations" / "00", begun / "evaluations" / "00")
+    header = json.loads((run / "run.json").read_text())
+    del header["config"]["threads"]
+    (begun / "run.json").write_text(json.dumps(header))
+    seen = []
+    monkeypatch.setattr("perennial.machine.cores", lambda: 2)
+    monkeypatch.setattr(GRPO, "update", lambda *_: seen.append(torch.get_num_threads()) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        experiment.resume(begun)
+    assert seen == [2]
 
 
 def test_a_run_that_could_not_begin_leaves_its_folder_free(config, tmp_path):

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from perennial import experiment, gating
 from perennial.evaluation.gate import Gate
-from perennial.learning import stage
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig
 from perennial.policies._learned import learned_weights, read_learned_weights, save_learned
@@ -55,8 +54,6 @@ def able(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(experiment.page, "write", lambda path: path / "report" / "index.html")
-    for module in (experiment, stage):
-        monkeypatch.setattr(module, "learner_threads", lambda: 1)
 
 
 def config(able, **changes):

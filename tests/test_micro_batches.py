@@ -25,8 +25,6 @@ ANATOMY = Anatomy((Layer("language", 10, 10, ONE, ONE), Layer("action", 10**6, 1
 def memory(monkeypatch):
     """Says how much is free."""
     monkeypatch.setattr(ToyPolicy, "anatomy", classmethod(lambda cls, folder, instruction: ANATOMY))
-    monkeypatch.setattr(experiment, "learner_threads", lambda: 1)
-    monkeypatch.setattr("perennial.learning.stage.learner_threads", lambda: 1)
     monkeypatch.setattr(experiment.page, "write", lambda path: path / "report" / "index.html")
     return lambda room: monkeypatch.setattr(check, "_free", lambda device: room)
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from perennial import commands, pretraining
@@ -88,6 +89,17 @@ def test_what_was_killed_goes_on_and_ends_with_the_same_weights(demonstrations, 
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
+def test_what_was_killed_goes_on_with_the_threads_that_it_began_with(demonstrations, tmp_path, monkeypatch):
+    monkeypatch.setattr("perennial.machine.cores", lambda: 3)
+    killed_at(monkeypatch, 2)
+    with pytest.raises(Killed):
+        pretraining.pretrain(options(demonstrations, tmp_path / "out", steps=4, episodes=0), Console(quiet=True))
+    monkeypatch.setattr("perennial.machine.cores", lambda: 2)
+    torch.set_num_threads(1)
+    pretraining.pretrain(options(demonstrations, tmp_path / "out", steps=4, episodes=0), Console(quiet=True))
+    assert torch.get_num_threads() == 3
 
 
 def test_a_commit_that_was_cut_off_leaves_the_one_before(demonstrations, tmp_path, monkeypatch):

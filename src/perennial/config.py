@@ -122,6 +122,7 @@ class Config:
         recipe: the stages that the policy goes through for each task.
         strategies: what guards old skills; none is sequential fine-tuning.
         gate: how much may be forgotten with every task; by default whatever is forgotten is carried on.
+        threads: with which the learner computes while the workers wait; 0 takes one per processor core.
         trackers: loggers beside the JSON lines that are always written.
     """
 
@@ -136,6 +137,7 @@ class Config:
     gate: Gate = field(default_factory=Gate)
     evaluation: Evaluation = field(default_factory=Evaluation)
     workers: WorkerConfig = field(default_factory=WorkerConfig)
+    threads: int = 0
     trackers: tuple[str, ...] = ()
 
     def tasks_in(self, variant: str) -> tuple[str, ...]:
@@ -276,6 +278,7 @@ def _check_gate(config: Config) -> None:
 NON_NEGATIVE = {
     "seed",
     "count",
+    "threads",
     "film",
     "held_out",
     "clip_low",

@@ -17,13 +17,13 @@ import torch
 from rich.markup import escape
 
 from perennial import config as configuration
-from perennial import faults, gating, overrides
+from perennial import faults, gating, machine, overrides
 from perennial.config import Config
 from perennial.doctor import describe_machine
 from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.evaluation.standalone import of_run
-from perennial.learning.stage import Iteration, learn, learner_threads
+from perennial.learning.stage import Iteration, learn
 from perennial.planning.check import fit_micro_batches
 from perennial.policies.lora import set_trainable
 from perennial.reports import page, video
@@ -37,10 +37,10 @@ from perennial.suites.base import Task
 def start(config: Config, preset: str, path: Path | None) -> Path:
     """Start a run in a new folder and see it through; returns the folder.
 
-    What depends on this machine or place is written down as it is now: the number of workers, the paths of the
-    checkpoint and of demonstrations, micro-batches that fit into the memory.
+    What depends on this machine or place is written down as it is now: the numbers of workers and threads, the paths of
+    the checkpoint and of demonstrations, micro-batches that fit into the memory.
     """
-    config = fit_micro_batches(configuration.settled(replace(config, workers=sized(config.workers))))
+    config = fit_micro_batches(configuration.settled(_counted(config)))
     path = path or RunFolder.free_path(f"{preset}-seed{config.seed}")
     described = configuration.to_json(config), describe_machine()
     with RunFolder.create(path, preset, *described) as folder, ExitStack() as stack:
@@ -56,8 +56,13 @@ def start(config: Config, preset: str, path: Path | None) -> Path:
 def resume(path: Path) -> None:
     """Continue the run in `path`; a finished run only gets its report written again."""
     with RunFolder.open_locked(path) as folder, ExitStack() as stack:
-        config = overrides.from_json(Config, folder.header["config"])
+        config = _counted(overrides.from_json(Config, folder.header["config"]))
         _run(prepare(configuration.validate(config), folder, stack))
+
+
+def _counted(config: Config) -> Config:
+    """`config` with the numbers of workers and threads decided where they are open, as rounding depends on them."""
+    return replace(config, workers=sized(config.workers), threads=config.threads or machine.cores())
 
 
 def _run(session: Session) -> None:
@@ -96,13 +101,14 @@ def _learn_phase(session: Session, phase: int) -> None:
             session.stage_optimizer(objective, cursor),
             key=("train", phase, number),
             seed=config.seed,
+            threads=config.threads,
             start=cursor.iteration,
             on_episode=session.display.episode,
             on_iteration=functools.partial(_finish_iteration, session, phase, number, objective.iterations),
         )
     session.optimizer = None
     set_trainable(session.policy)
-    torch.set_num_threads(learner_threads())  # also where no iteration was left to learn: rounding depends on it
+    torch.set_num_threads(config.threads)  # also where no iteration was left to learn
     for task in tasks:
         session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, task))
         for strategy, account in session.strategies.accounts().items():

@@ -21,11 +21,10 @@ from rich.markup import escape
 from rich.progress import track
 from torch import nn
 
-from perennial import __version__, discovery
+from perennial import __version__, discovery, machine
 from perennial.demonstrations.dataset import Demonstration, data_hash, load, to_batch
 from perennial.errors import LearningError, PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
-from perennial.learning.stage import learner_threads
 from perennial.policies.base import Batch, Observation, Policy
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
@@ -67,9 +66,9 @@ def pretrain(options: Pretrain, console: Console) -> None:
     unfinished.mkdir(parents=True, exist_ok=True)
     with lock.acquire(unfinished):
         clean(unfinished)
-        _claim(unfinished, options, data)
+        threads = _claim(unfinished, options, data)
         if not options.out.exists():
-            policy = _learn(options, demonstrations, unfinished / "commit", console)
+            policy = _learn(options, demonstrations, unfinished / "commit", threads, console)
             manifest = {
                 "perennial": __version__,
                 "command": shlex.join(["perennial", *sys.argv[1:]]),
@@ -101,8 +100,11 @@ def _check(options: Pretrain) -> None:
         raise PerennialError(f"--learning-rate is {options.learning_rate}; it must be above 0.")
 
 
-def _claim(unfinished: Path, options: Pretrain, data: str) -> None:
+def _claim(unfinished: Path, options: Pretrain, data: str) -> int:
     """Write down in the folder `unfinished` what is learned there, or see that it was the same.
+
+    Returns:
+        the number of threads with which it was begun.
 
     Raises:
         PerennialError: it was not.
@@ -113,7 +115,7 @@ def _claim(unfinished: Path, options: Pretrain, data: str) -> None:
     asked |= {"tasks": list(options.tasks), "data_sha256": data}
     path = unfinished / BEGUN
     if not path.exists():
-        write_json(path, asked)
+        write_json(path, asked | {"threads": machine.cores()})
     begun = json.loads(path.read_text())
     for name, value in asked.items():
         if begun[name] != value:
@@ -121,9 +123,12 @@ def _claim(unfinished: Path, options: Pretrain, data: str) -> None:
                 f"{unfinished} was begun with {name} {begun[name]!r}, not {value!r}; repeat that command, or delete "
                 "the folder to begin anew."
             )
+    return int(begun.get("threads", machine.cores()))
 
 
-def _learn(options: Pretrain, demonstrations: list[Demonstration], commit: Path, console: Console) -> Policy:
+def _learn(
+    options: Pretrain, demonstrations: list[Demonstration], commit: Path, threads: int, console: Console
+) -> Policy:
     """The policy after `options.steps` steps, of which those in the folder `commit` are done already."""
     suite = discovery.find("suites", options.suite, Suite)()
     policy = fresh_policy(options.policy, suite, demonstrations, options.seed)
@@ -137,6 +142,7 @@ def _learn(options: Pretrain, demonstrations: list[Demonstration], commit: Path,
         load_optimizer(optimizer, parameters, commit / "optimizer.safetensors")
         console.print(f"Going on after step {done}.", highlight=False)
 
+    torch.set_num_threads(threads)
     losses = clone(policy, optimizer, to_batch(demonstrations, policy), options, done)
     shown = track(losses, "cloning", total=options.steps, completed=done, console=console)
     for step, loss in enumerate(shown, done + 1):
@@ -184,7 +190,6 @@ def clone(
     policy: Policy, optimizer: torch.optim.Optimizer, batch: Batch, options: Pretrain, first: int = 0
 ) -> Iterator[float]:
     """Take the steps `first` .. `options.steps` - 1 on `policy`, yielding each step's loss."""
-    torch.set_num_threads(learner_threads())
     for step in range(first, options.steps):
         rng = stream(options.seed, "pretrain", step)
         part = batch.take(rng.integers(len(batch), size=options.batch_size))

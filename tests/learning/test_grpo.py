@@ -285,6 +285,7 @@ def train(checkpoint, objective, seed=0):
         optimizer,
         ("train", 0, 0),
         seed,
+        1,
         0,
         lambda steps, success: None,
         done.append,

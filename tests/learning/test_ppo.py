@@ -238,6 +238,7 @@ def test_learning_raises_success_and_lowers_the_value_loss(toy_checkpoint):
         build_optimizer(policy, Strategies(), objective.optimizer, objective.value_rate),
         key=("train", 0, 0),
         seed=0,
+        threads=1,
         start=0,
         on_episode=lambda steps, success: None,
         on_iteration=done.append,

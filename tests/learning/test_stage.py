@@ -39,6 +39,7 @@ class Learner:
             self.optimizer,
             ("train", 0, 0),
             0,
+            1,
             start,
             lambda steps, success: self.episodes.append((steps, success)),
             on_iteration,

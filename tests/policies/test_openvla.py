@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from perennial import experiment
 from perennial.config import PolicyChoice
 from perennial.errors import PerennialError
-from perennial.learning import stage
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig
 from perennial.policies._openvla_decoding import causal_states
@@ -213,7 +212,6 @@ def test_a_checkpoint_of_the_other_kind_is_refused(tmp_path):
 
 @pytest.mark.parametrize(("backend", "dtype"), [("inline", "float32"), ("process", "bfloat16"), ("shared", "bfloat16")])
 def test_a_run_learns_from_a_published_checkpoint(tmp_path, monkeypatch, backend, dtype):
-    monkeypatch.setattr(stage, "learner_threads", lambda: 1)
     monkeypatch.setattr(experiment.page, "write", lambda path: path / "report" / "index.html")
     two = {"action": {"q01": [-1.0, -0.2], "q99": [0.3, 0.2]}}  # so that some episodes succeed by chance
     settings = {"hold": 5, "dtype": dtype}

@@ -41,7 +41,9 @@ def test_the_printed_command_gives_the_same_run():
 def test_a_run_is_recognised_by_what_decides_its_result():
     entry = Entry(STUDY, "l2", "given", 0)
     found = config.to_json(entry.config())
-    assert entry.matches(found | {"workers": {"backend": "process", "count": 7}, "description": "another"})
+    assert entry.matches(
+        found | {"workers": {"backend": "process", "count": 7}, "threads": 7, "description": "another"}
+    )
     elsewhere = dataclasses.replace(STUDY, overrides={"policy.checkpoint": "some/base"})
     stored = {**found, "policy": {**found["policy"], "checkpoint": str(Path("some/base").absolute())}}
     assert Entry(elsewhere, "l2", "given", 0).matches(stored)

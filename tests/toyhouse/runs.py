@@ -22,6 +22,7 @@ CONFIG = Config(
     recipe=(GRPO(iterations=2, groups=4, group_size=8, optimizer=AdamWConfig(learning_rate=1e-2, warmup_steps=1)),),
     evaluation=Evaluation(episodes=6, film=0),
     workers=WorkerConfig("inline", count=1, slots=8),
+    threads=1,
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from perennial import faults, machine
+from perennial import faults
 from perennial.learning.base import Metrics, Objective
 from perennial.policies.base import Policy
 from perennial.randomness import Key, stream
@@ -48,13 +48,15 @@ def learn(
     optimizer: torch.optim.Optimizer,
     key: Key,
     seed: int,
+    threads: int,
     start: int,
     on_episode: OnEpisode,
     on_iteration: Callable[[Iteration], None],
 ) -> None:
     """Run iterations `start` .. `objective.iterations` - 1 of the stage named by `key`.
 
-    `on_iteration` commits the state; what it raises ends the stage.
+    `on_iteration` commits the state; what it raises ends the stage. Updates are computed with `threads` threads, every
+    core's, as the workers wait meanwhile.
     """
     for number in range(start, objective.iterations):
         begun = time.monotonic()
@@ -66,7 +68,7 @@ def learn(
             trajectories = workers.collect(episodes, on_episode)
         played = time.monotonic()
         faults.point("update")
-        torch.set_num_threads(learner_threads())
+        torch.set_num_threads(threads)
         metrics = objective.update(
             policy, tasks, trajectories, strategies, optimizer, stream(seed, "update", *key, number)
         )
@@ -81,8 +83,3 @@ def learn(
                 update_seconds=time.monotonic() - played,
             )
         )
-
-
-def learner_threads() -> int:
-    """Threads for the update: every core, as the workers wait meanwhile."""
-    return machine.cores()

@@ -126,13 +126,14 @@ class Entry:
         return shlex.join(["perennial", *(part.replace(f"{FOLDER}/", "") for part in self.arguments(Path(FOLDER)))])
 
     def matches(self, found: Mapping[str, Any]) -> bool:
-        """Whether a run with the configuration `found`, `{folder}` left in, is this one, whatever workers played it.
+        """Whether a run with the configuration `found`, `{folder}` left in, is this one, whatever machine made it.
 
         Settings that Perennial did not have when the run was made do not count.
         """
         settled = configuration.settled(self.config())  # as a run writes it down
         wanted = without_place(configuration.to_json(settled), Path(FOLDER))
-        return all(_agree(found[key], wanted.get(key)) for key in found if key not in ("workers", "description"))
+        free = ("workers", "threads", "description")
+        return all(_agree(found[key], wanted.get(key)) for key in found if key not in free)
 
 
 def _agree(found: Any, wanted: Any) -> bool:
