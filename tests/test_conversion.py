@@ -42,6 +42,30 @@ def test_every_pickle_of_a_folder_becomes_safetensors(tmp_path, capsys):
         convert(tmp_path / "weights.bin")
 
 
+def test_a_folder_is_converted_again_and_past_what_is_no_weights(tmp_path, capsys):
+    torch.save({"state": {0: {"step": 1}}, "param_groups": []}, tmp_path / "optimizer.pt")
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    cli.main(["convert", str(tmp_path)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / 'optimizer.pt'} is left as it is",
+        str(tmp_path / "model.safetensors"),
+        str(tmp_path / "model.safetensors.index.json"),
+    ]
+    cli.main(["convert", str(tmp_path)])
+    assert f"{tmp_path / 'model.safetensors'} exists already" in capsys.readouterr().out.splitlines()
+
+
+def test_weights_that_the_index_names_cannot_be_left(tmp_path, capsys):
+    torch.save({"b": torch.ones(2)}, tmp_path / "other.bin")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cut")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    with pytest.raises(SystemExit):
+        cli.main(["convert", str(tmp_path)])
+    assert "pytorch_model.bin holds more than weights or is damaged" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
 def test_split_weights_get_the_names_and_the_index_of_safetensors(tmp_path):
     whole = {"a": torch.ones(2), "b": torch.zeros(3)}
     places = {name: f"pytorch_model-0000{number}-of-00002.bin" for number, name in enumerate(whole, 1)}

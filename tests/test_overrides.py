@@ -133,6 +133,8 @@ def test_tuples_and_choices_are_parsed():
     ("key", "text", "message"),
     [
         ("seeed", "1", r"no setting '--seeed'\. Did you mean --seed"),
+        ("device", "cuda", r"no setting '--device'\. Did you mean --policy\.device\?"),
+        ("grpo.iterations", "2", r"no setting '--grpo\.iterations'\. Did you mean --recipe\.grpo\.iterations\?"),
         ("recipe.grpo.gruops", "1", r"no setting '--recipe\.grpo\.gruops'\. Did you mean --recipe\.grpo\.groups"),
         ("policy.adapter.ranc", "1", r"Did you mean --policy\.adapter\.rank"),
         ("strategies.ewc.coeff", "1", r"Did you mean --strategies\.ewc\.coefficient"),

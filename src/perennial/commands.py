@@ -23,12 +23,15 @@ console = Console()
 
 @dataclass(frozen=True)
 class Run:
-    """Start a run: teach the preset's tasks in a row and measure what was learned and forgotten."""
+    """Start a run: teach the preset's tasks in a row and measure what was learned and forgotten.
 
-    preset: Positional[str]
+    Any setting that `perennial list presets PRESET` shows can be given too, as in --seed 1 --recipe.grpo.iterations 6.
+    """
+
+    preset: Annotated[Positional[str], tyro.conf.arg(metavar="PRESET")]
     """Name of a preset, see `perennial list presets`."""
     run_dir: Path | None = None
-    """Folder of the run, by default runs/<preset>-seed<seed>."""
+    """Folder of the run, by default runs/<preset>-seed<seed>, with -2, -3 and so on where that exists."""
     dry_run: bool = False
     """Check and print the configuration, then stop."""
 
@@ -68,20 +71,24 @@ class Evaluate:
     """Folder of a run, or of a base checkpoint."""
     tasks: tuple[str, ...] = ()
     """Task names; by default all tasks of the run."""
-    variant: str = "id"
-    """Shifted version of the tasks, see `perennial list suites`."""
+    variant: str | None = None
+    """Shifted version of the tasks, see `perennial list suites`; by default the first of the run, or of the suite."""
     after: int = -1
     """Evaluate the policy after this many tasks; -1 is the newest, 0 the base checkpoint."""
     episodes: int = 40
     """Episodes for each task."""
-    temperature: float = 1.0
-    """Of action sampling; 0 is greedy."""
+    temperature: float | None = None
+    """Of action sampling; 0 is greedy. By default that of the run, 1 for a bare checkpoint."""
     suite: str | None = None
     """Suite of the tasks, for a bare checkpoint; by default metaworld."""
     policy: str | None = None
     """Policy class, for a bare checkpoint; by default openvla_oft."""
-    seed: int = 0
-    """Names the random streams of action sampling."""
+    device: str | None = None
+    """Where the policy acts: cpu, cuda or cuda:<number>; by default as in the run, cpu for a bare checkpoint."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights; by default as in the run, or what the checkpoint asks for."""
+    seed: int | None = None
+    """Names the random streams of action sampling; by default that of the run, 0 for a bare checkpoint."""
     workers: int = 0
     """Worker processes; 0 takes as many as the run has, for a bare checkpoint one per processor core."""
     json: bool = False
@@ -161,7 +168,7 @@ class Compare:
 
     runs: Positional[tuple[Path, ...]]
     """Folders of the runs; the first is the one that others are compared with."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Where to write the page, by default compare.html in the first run's report folder."""
     json: bool = False
     """Print one JSON object instead of tables."""
@@ -179,7 +186,7 @@ class Mechanism:
 
     run: Positional[Path]
     """Folder of a run that has learned at least one task."""
-    out: Path | None = None
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Where to write the page, by default mechanism.html in the run's report folder; the JSON goes beside it."""
     tasks: tuple[str, ...] = ()
     """Tasks on which the base's Fisher information is taken; by default the held-out tasks."""
@@ -269,8 +276,9 @@ class Merge:
     """Folder of the merged checkpoint or adapter; it must not exist."""
     method: Literal["linear", "slerp", "task_arithmetic", "ties", "dare"] = "linear"
     """How to merge; linear and slerp take one fine-tuned model, the others several."""
-    alpha: float = 0.8
-    """Weight of what the fine-tuning changed, from 0 (base) to 1 (fine-tuned)."""
+    alpha: float | None = None
+    """Weight of what the fine-tuning changed, from 0 (base) to 1 (fine-tuned); by default 0.8 for linear and slerp, 1
+    for the others."""
     vision: Annotated[float | None, tyro.conf.arg(name="alpha.vision")] = None
     """Alpha of the vision parameters, where it differs."""
     language: Annotated[float | None, tyro.conf.arg(name="alpha.language")] = None
@@ -279,12 +287,12 @@ class Merge:
     """Alpha of the action parameters, where it differs."""
     extrapolate: bool = False
     """Allow an alpha outside 0 to 1."""
-    density: float = 0.2
-    """Share of what was changed that ties keeps."""
-    drop: float = 0.9
-    """Share of what was changed that dare drops."""
-    seed: int = 0
-    """Names the random streams of what dare drops."""
+    density: float | None = None
+    """Share of what was changed that ties keeps; by default 0.2."""
+    drop: float | None = None
+    """Share of what was changed that dare drops; by default 0.9."""
+    seed: int | None = None
+    """Names the random streams of what dare drops; by default 0."""
     rank: int = 0
     """Rank of a merged adapter, with an error that is told; 0 keeps all ranks side by side, which is exact."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +24,16 @@ class Convert:
     """Turn pickled weights (.pt, .pth, .bin) into safetensors beside them, without running code that they may hold."""
 
     path: Positional[Path]
-    """A file, or a folder of which every such file is converted."""
+    """A file, or a folder of which every such file with weights is converted; what is converted already is left."""
 
     def __call__(self) -> None:
         """Convert and print the new files."""
-        for path in pickled_files(self.path):
+        if not self.path.is_dir():
+            (path,) = pickled_files(self.path)
             print(convert(path))
-        if self.path.is_dir() and (index := convert_index(self.path)) is not None:
-            print(index)
+            return
+        for line in convert_folder(self.path):
+            print(line)
 
 
 def pickled_files(path: Path) -> list[Path]:
@@ -63,6 +66,41 @@ def convert(path: Path) -> Path:
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, half, metadata={"format": "pt"})
     half.replace(target)
     return target
+
+
+def convert_folder(folder: Path) -> Iterator[str]:
+    """Convert every file of weights in `folder` that has not been, and their index; say of each file what came of it.
+
+    Optimizer states and settings that lie beside weights are left alone.
+
+    Raises:
+        PerennialError: there is no pickle, nothing could be converted, or a file that the index names could not.
+    """
+    failed: dict[str, PerennialError] = {}
+    files = pickled_files(folder)
+    for path in files:
+        if (target := path.with_name(_safe_name(path.name))).exists():
+            yield f"{target} exists already"
+            continue
+        try:
+            yield str(convert(path))
+        except PerennialError as error:
+            failed[path.name] = error
+            yield f"{path} is left as it is"
+    needed = [error for name, error in failed.items() if name in _indexed(folder) or len(failed) == len(files)]
+    if needed:
+        raise needed[0]
+    if (index := convert_index(folder)) is not None:
+        yield str(index)
+
+
+def _indexed(folder: Path) -> frozenset[str]:
+    """The files that an index of pickles in `folder` names."""
+    path = folder / f"pytorch_model.bin{INDEX}"
+    try:
+        return frozenset(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # `convert_index` says what is wrong with it
+        return frozenset()
 
 
 def convert_index(folder: Path) -> Path | None:

@@ -33,9 +33,20 @@ def apply(config: Any, overrides: Mapping[str, str]) -> Any:
         inner = next((other for other in overrides if other.startswith(f"{path}.")), None)
         if text.lower() == "none" and inner is not None:
             raise PerennialError(f"--{path} is none, so --{inner} sets nothing; leave one of them out.")
+    _require_full_names(config, overrides)
     for path, text in sorted(overrides.items(), key=lambda item: _precedence(item[0].split("."))):
         config = _set(config, path.replace("-", "_").split("."), text, path)
     return config
+
+
+def _require_full_names(config: Any, overrides: Mapping[str, str]) -> None:
+    """No setting inside a part is named as if it were one of the whole, as in --device for --policy.device."""
+    known = {f.name for f in fields(config)}
+    for path in overrides:
+        name = path.replace("-", "_")
+        inside = [f"--{key}" for key in keys(config) if key.endswith(f".{name}")]
+        if name not in known and inside:
+            raise PerennialError(f"There is no setting '--{path}'. Did you mean {' or '.join(inside)}?")
 
 
 def _precedence(path: list[str]) -> tuple[bool, int]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from perennial import cli, experiment
 from perennial.errors import PerennialError
@@ -42,6 +43,31 @@ def test_a_standalone_evaluation_agrees_with_the_matrix(run, capsys, after, row,
         assert entry["n"] == 6
         assert entry["value"] == pytest.approx(100 * np.mean(cells[Cell(row, decoder, "id", entry["task"])].successes))
         assert entry["low"] <= entry["value"] <= entry["high"]
+
+
+def test_what_is_not_said_is_as_in_the_run(config, tmp_path, capsys, no_report):
+    evaluation = replace(config.evaluation, temperature=2.5, decoders=("sampled",), variants=("ood_test", "id"))
+    run = experiment.start(replace(config, seed=3, evaluation=evaluation), "toy", tmp_path / "other")
+    capsys.readouterr()
+    cli.main(["evaluate", str(run), "--json", "--episodes=6"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["variant"], told["temperature"], told["seed"]) == ("ood_test", 2.5, 3)
+    cells = RunFolder.open(run).cells()
+    for entry in told["tasks"]:
+        same = cells[Cell(2, "sampled", "ood_test", entry["task"])].successes
+        assert entry["value"] == pytest.approx(100 * np.mean(same))
+
+
+def test_a_checkpoint_is_loaded_in_the_type_that_is_asked_for(toy_checkpoint, monkeypatch):
+    cast = []
+    monkeypatch.setattr(
+        standalone, "start_workers", lambda config, given, weights: cast.append((given, weights)) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["evaluate", str(toy_checkpoint), f"--suite={TOY}", f"--policy={TOY}", "--dtype=bfloat16", "--seed=4"])
+    (given, weights), *_ = cast
+    assert (given.dtype, given.device, given.seed) == ("bfloat16", "cpu", 4)
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
 
 
 def test_a_standalone_evaluation_lets_the_strategy_choose_the_weights(config, tmp_path, capsys, no_report):
@@ -96,6 +122,7 @@ def test_a_standalone_evaluation_has_the_workers_of_the_run_unless_told_otherwis
         ("--variant=od_test", r"'od_test'\. Did you mean ood_test"),
         ("--episodes=0", r"--episodes is 0, but it must be above 0"),
         ("--temperature=-1", r"--temperature is -1\.0, but it must be 0 or more"),
+        ("--device=gpu", r"--device is 'gpu', but it must be cpu, cuda or cuda:<number>"),
         ("--workers=-1", r"--workers is -1, but it must be 0 or more"),
         ("--suite=metaworld", r"is a run, which has a suite and a policy of its own; leave out --suite and --policy"),
         (f"--policy={TOY}", r"is a run, which has a suite and a policy of its own; leave out --suite and --policy"),

@@ -84,13 +84,28 @@ def test_a_merge_into_a_base_of_ours_is_a_checkpoint_that_runs_and_evaluations_t
 
 def test_the_settings_of_ties_and_dare_reach_the_merge(pair, tmp_path):
     asked = {
-        "ties": (["--density", 0.5], ties(weights(1), [weights(2)], 0.8, density=0.5)),
-        "dare": (["--drop", 0.3, "--seed", 4], dare(weights(1), [weights(2)], 0.8, drop=0.3, seed=4)),
+        "ties": (["--alpha", 0.8, "--density", 0.5], ties(weights(1), [weights(2)], 0.8, density=0.5)),
+        "dare": (["--alpha", 0.8, "--drop", 0.3, "--seed", 4], dare(weights(1), [weights(2)], 0.8, drop=0.3, seed=4)),
     }
     for method, (options, expected) in asked.items():
         merge(*pair, "-o", tmp_path / method, "--method", method, *options)
         for name, tensor in read(tmp_path / method).items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+
+
+def test_all_of_a_task_vector_is_added_where_no_alpha_is_given(pair, tmp_path):
+    merge(*pair, "-o", tmp_path / "out", "--method", "task_arithmetic")
+    assert_same(read(tmp_path / "out"), weights(2))
+
+
+@pytest.mark.parametrize(
+    ("option", "method", "owner"),
+    [("--density", "linear", "ties"), ("--drop", "ties", "dare"), ("--seed", "slerp", "dare")],
+)
+def test_an_option_of_another_method_is_refused(pair, tmp_path, refused, option, method, owner):
+    said = refused(*pair, "-o", tmp_path / "out", "--method", method, option, 1)
+    assert re.search(rf"{option} is 1(\.0)?, but it says how {owner} merges and --method is {method}", said)
+    assert not (tmp_path / "out").exists()
 
 
 def test_beyond_the_models_goes_only_what_is_asked_to(pair, tmp_path, refused):

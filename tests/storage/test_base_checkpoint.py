@@ -42,7 +42,7 @@ def test_a_checkpoint_without_a_name_is_not_the_present_folder(checkpoint):
 
 def test_a_bare_repository_name_is_answered_with_how_to_download_it():
     with pytest.raises(
-        PerennialError, match=r"'openvla/openvla-7b' does not exist; .*`hf download openvla/openvla-7b` first\."
+        PerennialError, match=r"'openvla/openvla-7b' does not exist; .*`hf download openvla/openvla-7b` first "
     ):
         checkpoint_folder("openvla/openvla-7b")
     with pytest.raises(PerennialError, match=r"'/no/where' does not exist; give a folder or `bundled:"):

@@ -17,7 +17,7 @@ from perennial.config import Config, PolicyChoice
 from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.evaluation.statistics import wilson
-from perennial.policies._placement import load_policy
+from perennial.policies._placement import DType, check_placement, load_policy
 from perennial.policies.base import Policy
 from perennial.policies.lora import add_adapter
 from perennial.reports.summary import percent
@@ -42,55 +42,62 @@ def evaluate(options: Evaluate, console: Console) -> None:
     if options.episodes < 1:
         raise PerennialError(f"--episodes is {options.episodes}, but it must be above 0.")
     for name in ("temperature", "workers"):
-        if getattr(options, name) < 0:
+        if (getattr(options, name) or 0) < 0:
             raise PerennialError(f"--{name} is {getattr(options, name)}, but it must be 0 or more.")
-    is_run = (options.run / "run.json").is_file()
-    _check_scope(options, is_run)
-    actor = of_run(RunFolder.open(options.run), options.after, options.seed) if is_run else _from_checkpoint(options)
+    actor = _actor(options)
     cast = actor.cast
     suite = discovery.find("suites", cast.suite, Suite)()
-    require_known(suite, cast.suite, options.tasks, [options.variant])
+    variant = options.variant or actor.variant
+    temperature = actor.temperature if options.temperature is None else options.temperature
+    require_known(suite, cast.suite, options.tasks, [variant])
     rows: list[dict[str, Any]] = []
     sized = replace(actor.workers, count=options.workers or actor.workers.count)
     with closing(start_workers(sized, cast, actor.policy.acting_weights())) as workers:
         for name in track(options.tasks or actor.tasks, "evaluating", console=console, disable=options.json):
             workers.broadcast(actor.strategies.policy_for(suite.tasks[name], actor.policy))
-            episodes = evaluation_episodes(suite.tasks[name], options.variant, options.episodes, options.temperature)
+            episodes = evaluation_episodes(suite.tasks[name], variant, options.episodes, temperature)
             successes = [t.success for t in workers.collect(episodes)]
             rate = percent(wilson(sum(successes), len(successes)))
             assert rate is not None
             rows.append({"task": name, **rate})
     if options.json:
-        print(json.dumps({"variant": options.variant, "temperature": options.temperature, "tasks": rows}))
+        print(json.dumps({"variant": variant, "temperature": temperature, "seed": cast.seed, "tasks": rows}))
     else:
-        console.print(_table(rows, options))
+        console.print(_table(rows, options.episodes, variant, temperature))
 
 
-def _check_scope(options: Evaluate, is_run: bool) -> None:
-    """Options that would have no effect are not taken."""
-    if is_run and (options.suite or options.policy):
+def _actor(options: Evaluate) -> Actor:
+    """Who is meant; options that would have no effect are not taken."""
+    if options.device is not None:
+        check_placement(options.device, options.dtype, "--")
+    if not (options.run / "run.json").is_file():
+        return _from_checkpoint(options)
+    if options.suite or options.policy:
         raise PerennialError(
             f"{options.run} is a run, which has a suite and a policy of its own; leave out --suite and --policy."
         )
-    if not is_run and options.after > 0:
-        raise PerennialError(
-            f"{options.run} is no run, so it has not learned {options.after} tasks; leave out --after."
-        )
+    return of_run(RunFolder.open(options.run), options.after, options.seed, options.device, options.dtype)
 
 
 @dataclass(frozen=True)
 class Actor:
-    """Who is evaluated, on which tasks by default, and by which workers."""
+    """Who is evaluated by which workers; on which tasks, in which variant and at which temperature by default."""
 
     policy: Policy
     strategies: Strategies
     cast: Cast
     workers: WorkerConfig
     tasks: tuple[str, ...]
+    variant: str
+    temperature: float
 
 
-def of_run(folder: RunFolder, after: int, seed: int) -> Actor:
-    """The policy of a run after `after` tasks, -1 for the newest; `seed` names the streams of action sampling.
+def of_run(
+    folder: RunFolder, after: int, seed: int | None = None, device: str | None = None, dtype: DType | None = None
+) -> Actor:
+    """The policy of a run after `after` tasks, -1 for the newest.
+
+    `seed` names the streams of action sampling; where it, `device` or `dtype` is None, it is that of the run.
 
     Raises:
         PerennialError: the run has not come that far, or its files are damaged.
@@ -99,8 +106,8 @@ def of_run(folder: RunFolder, after: int, seed: int) -> Actor:
     if not -1 <= after <= len(config.phases):
         raise PerennialError(f"--after is {after}; it must be -1 (the newest) to {len(config.phases)}.")
     checkpoint = checkpoint_folder(config.policy.checkpoint)
-    chosen = config.policy
-    policy = load_policy(chosen.name, checkpoint, chosen.device, chosen.dtype)
+    name, device, dtype = config.policy.name, device or config.policy.device, dtype or config.policy.dtype
+    policy = load_policy(name, checkpoint, device, dtype)
     strategies = Strategies()
     learned = _learned_folder(folder, config, after)
     if learned is not None:
@@ -108,8 +115,9 @@ def of_run(folder: RunFolder, after: int, seed: int) -> Actor:
         if config.policy.adapter is not None:
             add_adapter(policy, config.policy.adapter, config.seed)
         read_learned(policy, strategies, learned)
-    cast = Cast(config.suite, chosen.name, checkpoint, seed, chosen.device, chosen.dtype)
-    return Actor(policy, strategies, cast, config.workers, (*config.tasks.trained, *config.tasks.held_out))
+    cast = Cast(config.suite, name, checkpoint, config.seed if seed is None else seed, device, dtype)
+    tasks, measured = (*config.tasks.trained, *config.tasks.held_out), config.evaluation
+    return Actor(policy, strategies, cast, config.workers, tasks, measured.variants[0], measured.temperature)
 
 
 def _learned_folder(folder: RunFolder, config: Config, after: int) -> Path | None:
@@ -131,16 +139,20 @@ def _learned_folder(folder: RunFolder, config: Config, after: int) -> Path | Non
 def _from_checkpoint(options: Evaluate) -> Actor:
     """A bare base checkpoint."""
     checkpoint = checkpoint_folder(str(options.run))
+    if options.after > 0:
+        raise PerennialError(
+            f"{options.run} is no run, so it has not learned {options.after} tasks; leave out --after."
+        )
     name, suite_name = options.policy or PolicyChoice.name, options.suite or Config.suite
-    policy = discovery.find("policies", name, Policy).load(checkpoint)
     suite = discovery.find("suites", suite_name, Suite)()
-    cast = Cast(suite_name, name, checkpoint, options.seed)
-    return Actor(policy, Strategies(), cast, WorkerConfig(), tuple(suite.tasks))
+    cast = Cast(suite_name, name, checkpoint, options.seed or 0, options.device or "cpu", options.dtype)
+    policy = load_policy(name, checkpoint, cast.device, cast.dtype)
+    return Actor(policy, Strategies(), cast, WorkerConfig(), tuple(suite.tasks), suite.variants[0], 1.0)
 
 
-def _table(rows: list[dict[str, Any]], options: Evaluate) -> Table:
-    decoder = "greedy" if options.temperature == 0 else f"sampled at temperature {options.temperature:g}"
-    table = Table(title=f"Success, {options.episodes} episodes a task, {decoder}, variant {options.variant}")
+def _table(rows: list[dict[str, Any]], episodes: int, variant: str, temperature: float) -> Table:
+    decoder = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}"
+    table = Table(title=f"Success, {episodes} episodes a task, {decoder}, variant {variant}")
     for column in ("task", "success", "95 % interval"):
         table.add_column(column)
     for row in rows:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from tyro.conf import Positional
 
@@ -12,8 +14,8 @@ from tyro.conf import Positional
 class Plan:
     """Say what memory and time a run would take on each type of GPU, before anything is loaded."""
 
-    preset: Positional[str]
-    """Name of a preset; overrides follow as for `perennial run`."""
+    preset: Annotated[Positional[str], tyro.conf.arg(metavar="PRESET")]
+    """Name of a preset, see `perennial list presets`; overrides follow as for `perennial run`."""
     share: float = 0.4
     """Assumed share of a GPU's matrix rate that acting and learning achieve."""
     steps_per_second: float = 0.0

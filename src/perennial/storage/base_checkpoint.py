@@ -47,7 +47,7 @@ def _named_folder(checkpoint: str) -> Path:
     if not checkpoint or not Path(checkpoint).is_dir():
         hint = "give a folder or `bundled:metaworld-small`"
         if REPOSITORY.fullmatch(checkpoint):
-            hint = f"if it is on the Hugging Face hub, run `hf download {checkpoint}` first"
+            hint = f"correct the path, or run `hf download {checkpoint}` first if that is on the Hugging Face hub"
         raise PerennialError(f"The checkpoint folder {checkpoint!r} does not exist; {hint}.")
     return Path(checkpoint)
 
