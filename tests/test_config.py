@@ -1,4 +1,5 @@
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import huggingface_hub.constants
 import pytest
@@ -7,6 +8,7 @@ from perennial import config as module
 from perennial import discovery, overrides
 from perennial.config import Config, Tasks, preset, validate
 from perennial.errors import PerennialError
+from perennial.learning.grpo import GRPO
 from perennial.policies.base import Policy
 from perennial.testing.toy import ToyPolicy
 from toyhouse.needy import Needy
@@ -98,6 +100,20 @@ def test_what_may_be_zero_is_accepted(config):
     zeros = ("workers.count", "evaluation.film", "recipe.grpo.clip_low", "recipe.grpo.optimizer.warmup_steps")
     changed = overrides.apply(config, dict.fromkeys(zeros, "0"))
     assert validate(changed).workers.count == 0
+
+
+def test_an_objective_says_which_of_its_numbers_may_be_zero(config):
+    @dataclass(frozen=True)
+    class Anchored(GRPO):
+        may_be_zero: ClassVar = GRPO.may_be_zero | {"kl_coefficient"}
+        kl_coefficient: float = 0.0
+        strength: float = 1.0
+
+    assert validate(replace(config, recipe=(Anchored(),)))
+    with pytest.raises(PerennialError, match=r"kl_coefficient is -1\.0, but it must be 0 or more"):
+        validate(replace(config, recipe=(Anchored(kl_coefficient=-1.0),)))
+    with pytest.raises(PerennialError, match=r"strength is 0\.0, but it must be above 0"):
+        validate(replace(config, recipe=(Anchored(strength=0.0),)))
 
 
 def test_one_number_switches_the_gate_on(config):

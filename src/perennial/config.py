@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from perennial import discovery
 from perennial.errors import PerennialError, unknown
@@ -75,7 +75,7 @@ class PolicyChoice:
         """The policy's class, after a look at what is asked of it and at its checkpoint."""
         policy = discovery.find("policies", self.name, Policy)
         check_placement(self.device, self.dtype)
-        if self.checkpointing and policy.blocks is Policy.blocks:
+        if self.checkpointing and not policy.can("blocks"):
             raise PerennialError(
                 f"The policy {self.name!r} cannot recompute activations; set --policy.checkpointing false."
             )
@@ -96,6 +96,7 @@ class Evaluation:
         film: side of the before and after videos in pixels; 0 records none.
     """
 
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"film"})
     episodes: int = 40
     temperature: float = 1.0
     decoders: tuple[Literal["sampled", "greedy"], ...] = ("sampled", "greedy")
@@ -126,6 +127,7 @@ class Config:
         trackers: loggers beside the JSON lines that are always written.
     """
 
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"seed"})
     description: str
     tasks: Tasks
     seed: int = 0
@@ -248,7 +250,7 @@ def _check_strategies(config: Config, policy: type[Policy]) -> None:
 def _check_methods(part: Objective | Strategy, name: str, policy: type[Policy]) -> None:
     """The policy chosen by `name` has every optional method that `part` calls."""
     for method in sorted(part.requires()):
-        if method in policy.missing or getattr(policy, method) is getattr(Policy, method):
+        if not policy.can(method):
             kind = "recipe" if isinstance(part, Objective) else "strategy"
             why = f", as {policy.missing[method]}" if method in policy.missing else ""
             raise PerennialError(
@@ -275,27 +277,9 @@ def _check_gate(config: Config) -> None:
         )
 
 
-NON_NEGATIVE = {
-    "seed",
-    "count",
-    "threads",
-    "film",
-    "held_out",
-    "clip_low",
-    "clip_high",
-    "weight_decay",
-    "warmup_steps",
-    "decay_steps",
-    "final_learning_rate",
-    "gae_lambda",
-    "value_coefficient",
-    "entropy_coefficient",
-}
-"""Numbers that may be 0; every other number of a configuration must be above 0."""
-
-
 def _check_ranges(value: Any, path: str = "") -> None:
-    """No negative budgets, no zero where one is needed; strategies check their own coefficients."""
+    """Every number is above 0, or 0 where its class says `may_be_zero`; strategies check their own coefficients."""
+    zero: frozenset[str] = getattr(value, "may_be_zero", frozenset())
     for f in fields(value):
         child, name = getattr(value, f.name), f"{path}{f.name}"
         if f.name == "strategies":
@@ -311,8 +295,8 @@ def _check_ranges(value: Any, path: str = "") -> None:
             raise PerennialError(f"--{name} is {child}, but both must be at least 0 and below 1.")
         elif isinstance(child, bool):
             continue
-        elif isinstance(child, int | float) and (child < 0 or (child == 0 and f.name not in NON_NEGATIVE)):
-            least = "0 or more" if f.name in NON_NEGATIVE else "above 0"
+        elif isinstance(child, int | float) and (child < 0 or (child == 0 and f.name not in zero)):
+            least = "0 or more" if f.name in zero else "above 0"
             raise PerennialError(f"--{name} is {child}, but it must be {least}.")
 
 

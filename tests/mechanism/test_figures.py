@@ -271,6 +271,15 @@ def _log_prob(self, batch):
     return log_probs.gather(-1, torch.from_numpy(batch.sample)[..., None]).squeeze(-1)
 
 
+def test_a_policy_without_probabilities_is_refused_before_anything_is_played(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ToyPolicy, "missing", {"log_prob": "it says one action"})
+    monkeypatch.setattr("perennial.mechanism.figures.start_workers", None)
+    with pytest.raises(SystemExit):
+        measure(run, tmp_path, capsys)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "does not have, as it says one action; measure a run of another policy." in said
+
+
 def test_the_page_and_the_json_beside_it_and_the_tables_show_the_same(run, tmp_path, capsys):
     figures = measure(run, tmp_path, capsys)
     assert json.loads((tmp_path / "page.json").read_text()) == figures

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -42,6 +43,7 @@ class Gate:
         beta: chance of showing that weights fall although they do not, for each scale.
     """
 
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"held_out"})
     max_forgetting: float | None = None
     max_task_forgetting: float = 20.0
     held_out: int = 2

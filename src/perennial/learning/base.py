@@ -31,9 +31,11 @@ class Objective(ABC):
         iterations: rounds of experience and update per task.
         optimizer: how steps are made; a fresh optimiser starts with every task.
         learns: groups of the policy's parameters that learn; the others are frozen.
+        may_be_zero: names of numbers that may be 0; all others must be above 0, and none below.
     """
 
     name: ClassVar[str]
+    may_be_zero: ClassVar[frozenset[str]] = frozenset()
     iterations: int = 12
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     learns: tuple[Literal["vision", "language", "action"], ...] = ("vision", "language", "action")

@@ -46,6 +46,7 @@ class GRPO(Objective):
     """
 
     name: ClassVar[str] = "grpo"
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"clip_low", "clip_high"})
     groups: int = 16
     group_size: int = 8
     initial_states: int = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -33,6 +34,9 @@ class AdamWConfig:
             `MOST_ROWS`. Gradients add up to the same but for rounding.
     """
 
+    may_be_zero: ClassVar[frozenset[str]] = frozenset(
+        {"weight_decay", "warmup_steps", "decay_steps", "final_learning_rate"}
+    )
     learning_rate: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8

@@ -57,6 +57,7 @@ class PPO(Objective):
     """
 
     name: ClassVar[str] = "ppo"
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"gae_lambda", "value_coefficient", "entropy_coefficient"})
     rollouts: int = 128
     initial_states: int = 16
     temperature: float = 1.0

@@ -99,10 +99,18 @@ def measure(chosen: Scope, scales: Sequence[float], episodes: int, progress: Pro
         policy without logits), which has `taught`, `held_out` and `tasks`, each `{forward, reverse}`: the mean over
         executed tokens of KL(base || policy) and KL(policy || base) in nats; `scales`, with `scale`, `tasks` and the
         pooled `taught` and `held_out`, each `{value, low, high, n}` in percent with a Wilson interval.
+
+    Raises:
+        PerennialError: the policy has no log-probabilities.
     """
     config = chosen.record.config
     folder = RunFolder.open(chosen.record.folder)
     base = of_run(folder, 0, config["seed"])
+    if not base.policy.can("log_prob"):
+        raise PerennialError(
+            f"The figures need log-probabilities, which the policy {base.cast.policy!r} does not have, as "
+            f"{base.policy.missing['log_prob']}; measure a run of another policy."
+        )
     set_trainable(base.policy)
     levels, batches = _play(chosen, base, of_run(folder, chosen.done, config["seed"]), scales, episodes, progress)
     fishers = [
@@ -197,7 +205,7 @@ def _row(
 
 def _divergences(chosen: Scope, base: Policy, actor: Actor, batches: Mapping[str, Batch]) -> dict[str, Any] | None:
     """Both divergences on the base's decisions: task by task, and their means over taught and held-out tasks."""
-    if type(base).logits is Policy.logits:
+    if not base.can("logits"):
         return None
     suite = discovery.find("suites", actor.cast.suite, Suite)()
     found = {}

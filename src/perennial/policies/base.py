@@ -193,6 +193,11 @@ class Policy(ABC):
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """The sample that stands for `actions` [N, C, D]: the inverse of acting, up to discretisation."""
 
+    @classmethod
+    def can(cls, method: str) -> bool:
+        """Whether a policy of this class has `method`, one of those that not every policy has."""
+        return method not in cls.missing and getattr(cls, method) is not getattr(Policy, method)
+
     def logits(self, batch: Batch) -> Tensor:
         """Raw logits at temperature 1, float32 [N, K, bins], for policies that choose among bins.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 import torch.multiprocessing as multiprocessing
@@ -54,6 +54,7 @@ class WorkerConfig:
             simulator that hangs or crashes stops the run.
     """
 
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"count"})
     backend: Literal["process", "inline", "shared"] = "process"
     count: int = 0
     slots: int = 16

@@ -69,7 +69,7 @@ def logits_give_log_prob_and_imitation_loss(subject: Subject) -> None:
     `outputs` has all three.
     """
     policy = subject.make()
-    if type(policy).logits is Policy.logits:
+    if not policy.can("logits"):
         return
     batch = _acted(policy, subject.observation, 1.6)
     mask = batch.mask & (np.arange(len(policy.token_steps)) <= np.arange(len(batch))[:, None])
@@ -263,7 +263,7 @@ def an_adapter_acts_as_it_learns(subject: Subject) -> None:
 def recomputed_activations_change_nothing(subject: Subject) -> None:
     """A policy that names its blocks has the same log-probability and gradient when they are computed again."""
     policy, twin = subject.make(), subject.make()
-    if type(policy).blocks is Policy.blocks:
+    if not policy.can("blocks"):
         return
     batch = _acted(policy, subject.observation, 1.0)
     for one in (policy, twin):
