@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from perennial import discovery
 from perennial.alpha.sweep import likeliest
-from perennial.evaluation.statistics import summary_of_runs
+from perennial.evaluation.statistics import student, summary_of_runs
 from perennial.evaluation.success_matrix import SuccessMatrix
 from perennial.reports import protocol, study, words
 from perennial.reports.summary import percent
@@ -108,21 +108,28 @@ def sweeps() -> tuple[Sweep, ...]:
     return tuple(found)
 
 
-def mean_rate(rates: Sequence[Estimate]) -> Estimate:
-    """The mean of independent rates, in percent, with an interval from Agresti and Coull's variances."""
+def mean_rate(groups: Sequence[Sequence[Estimate]]) -> Estimate:
+    """The mean of groups of as many rates, one for each seed, in percent.
+
+    Its interval is the wider one of two: from Agresti and Coull's variances, and from how the seeds differ.
+    """
+    rates = [rate for group in groups for rate in group]
     value = sum(rate["value"] for rate in rates) / len(rates)
     variance = 0.0
     for rate in rates:
         p = (rate["value"] / 100 * rate["n"] + 2) / (rate["n"] + 4)
         variance += p * (1 - p) / (rate["n"] + 4) / len(rates) ** 2
-    margin = 100 * 1.96 * variance**0.5
+    margin = max(100 * 1.96 * variance**0.5, student([[rate["value"] for rate in group] for group in groups]))
     return {"value": value, "low": max(0.0, value - margin), "high": min(100.0, value + margin)}
 
 
 def measured(method: str, what: str, seeds: Sequence[int], rule: Callable[[Sweep], int]) -> Estimate:
     """Success in `ood_test` ("target") or on old tasks ("generalist") with the candidates that a rule takes."""
-    mine = [sweep for sweep in sweeps() if sweep.method == method and sweep.seed in seeds]
-    return mean_rate([sweep.measured_in["candidates"][rule(sweep)][what] for sweep in mine])
+    by_task: dict[str, list[Estimate]] = {}
+    for sweep in sweeps():
+        if sweep.method == method and sweep.seed in seeds:
+            by_task.setdefault(sweep.task, []).append(sweep.measured_in["candidates"][rule(sweep)][what])
+    return mean_rate(list(by_task.values()))
 
 
 COLUMNS = [(method, what) for method in ("task_ft", "co_ft", "language") for what in ("target", "generalist")]

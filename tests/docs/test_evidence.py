@@ -32,10 +32,16 @@ def test_every_table_is_that_of_the_results(page, evidence):
 
 
 def test_a_mean_rate_lies_within_an_interval_that_narrows_with_more_episodes(evidence):
-    few, many = ([{"value": 50.0, "n": n}, {"value": 100.0, "n": n}] for n in (20, 200))
+    few, many = ([[{"value": 50.0, "n": n}], [{"value": 100.0, "n": n}]] for n in (20, 200))
     assert evidence.mean_rate(few)["value"] == evidence.mean_rate(many)["value"] == 75.0
     assert evidence.mean_rate(many)["low"] == pytest.approx(75 - 3.497, abs=0.001)  # Agresti and Coull, by hand
     assert evidence.mean_rate(few)["low"] < evidence.mean_rate(many)["low"]
+
+
+def test_a_mean_rate_over_seeds_knows_how_they_differ(evidence):
+    seeds = [[{"value": value, "n": 1000} for value in (45.0, 50.0, 55.0)]]
+    margin = 4.302653 * 5 / 3**0.5  # Student's t with two degrees of freedom
+    assert evidence.mean_rate(seeds)["low"] == pytest.approx(50 - margin)
 
 
 def test_every_strategy_is_explained():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from matrices import HAND_MADE, matrix_of_rates, simulated
+from scipy.stats import ttest_1samp, ttest_rel
 
 from perennial.errors import PerennialError
 from perennial.evaluation import statistics
@@ -119,9 +120,56 @@ def test_runs_are_averaged_and_counted():
     runs = [matrix_of_rates([[0.1, 0.1], [level, 0.1], [level, level]], trained=2) for level in (0.2, 0.5, 0.8)]
     found = summary_of_runs(runs)
     assert (found["avg"].value, found["avg"].n) == (pytest.approx(0.5), 3)
-    assert found["avg"].low < 0.36
-    assert found["avg"].high > 0.64
+    assert (found["avg"].low, found["avg"].high) == (0, 1), "three runs that differ so much say nothing, within limits"
     assert found["zs"] is None
+
+
+def final(rates, trained=1):
+    """A run of which only the last row is known; each rate is of 200 states."""
+    return matrix_of_rates([rates], trained, episodes=200)
+
+
+def test_runs_that_differ_a_lot_have_the_t_interval_of_their_values():
+    runs, other = (0.35, 0.5, 0.62), (0.4, 0.7, 0.9)
+    found = summary_of_runs([final([rate]) for rate in runs])["avg"]
+    expected = ttest_1samp(runs, 0).confidence_interval()
+    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    found = mean_difference([(final([a]), final([b])) for a, b in zip(runs, other, strict=True)])["avg"]
+    expected = ttest_rel(other, runs).confidence_interval()
+    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+
+
+def test_groups_pool_the_variance_between_their_runs():
+    values = ((0.2, 0.5), (0.4, 0.6, 0.8), (0.3,))
+    groups = [[final([rate]) for rate in group] for group in values]
+    squares = 2 * 0.15**2 + 2 * 0.2**2  # around their means, with 1 + 2 degrees of freedom
+    margin = 3.182446 * (squares / 3 * (1 / 2 + 1 / 3 + 1)) ** 0.5 / 3
+    found = summary_of_groups(groups)["avg"]
+    mean = (0.35 + 0.6 + 0.3) / 3
+    assert (found.low, found.high) == (pytest.approx(mean - margin), pytest.approx(mean + margin))
+    against = difference_of_groups([[(final([0.0]), run) for run in group] for group in groups])["avg"]
+    assert (against.low, against.high) == (pytest.approx(mean - margin), pytest.approx(mean + margin))
+
+
+@pytest.mark.parametrize("runs", [2, 3, 5])
+@pytest.mark.parametrize("spread", [0.0, 0.03, 0.12])
+def test_intervals_over_seeds_hold_the_truth(monkeypatch, runs, spread):
+    """500 studies of two methods alike, whose seeds spread around 0.5; the luck of 100 states is half shared by all."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
+    rng, studies = np.random.default_rng([runs, round(100 * spread)]), 500
+    rates, luck = rng.normal(0.5, spread, (studies, 2, runs, 1)), rng.random((studies, 1, 1, 100))
+    own = rng.random((studies, 2, runs, 100))
+    outcomes = np.where(rng.random(own.shape) < 0.5, luck, own) < rates
+    resampled = statistics._resample(outcomes.reshape(-1, 100).astype(float), 200, 2.0, rng).T
+    values, spreads = outcomes.mean(-1), resampled.reshape(studies, 2, runs, 200)
+    held = null = 0
+    for (first, second), (drawn, other) in zip(values, spreads, strict=True):
+        found = statistics._mean([list(zip(first, drawn, strict=True))], (0, 1))
+        held += found.low <= 0.5 <= found.high
+        found = statistics._mean([list(zip(second - first, other - drawn, strict=True))], (-1, 1))
+        null += found.low <= 0 <= found.high
+    assert min(held, null) >= 0.93 * studies
+    assert held < studies or runs == 2, "intervals that always hold the truth are too wide"
 
 
 def test_runs_that_agree_still_carry_the_uncertainty_of_the_states_that_they_share():

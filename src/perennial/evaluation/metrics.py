@@ -58,6 +58,8 @@ def zs_gain(rates: np.ndarray, trained: int) -> np.ndarray | None:
 
 
 METRICS: dict[str, Metric] = {"avg": avg, "gain": gain, "nbt": nbt, "fwt": fwt, "zs": zs, "zs_gain": zs_gain}
+RATES = ("avg", "zs")
+"""Those that are rates, in [0, 1] if S is; the others are differences of rates, in [-1, 1]."""
 
 
 def _mean(values: np.ndarray) -> np.ndarray | None:

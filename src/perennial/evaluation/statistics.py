@@ -1,8 +1,13 @@
 """How sure the numbers are: 95 % intervals for rates and metrics.
 
 One cell has a Wilson score interval. The metrics of one run have a bootstrap over evaluation initial states, paired: a
-resampled state brings its outcomes in all rows with it. Metrics of several runs have a crossed bootstrap: runs are
-resampled, and so are the states, which all runs share.
+resampled state brings its outcomes in all rows with it.
+
+Metrics of several runs have the hull of two intervals. A crossed bootstrap (Owen 2007, Annals of Applied Statistics 1)
+resamples the states, which all runs share, and the runs; of n runs it sees only (n - 1) / n of the variance between
+them, and percentiles know nothing of how badly few runs tell it. Student's t interval of the n values, with n - 1
+degrees of freedom, does, but knows nothing of what the runs share. Where runs differ a lot, two or three of them give
+wide intervals: then no more is known.
 
 A plain bootstrap of 40 successes in 40 episodes gives an interval of width zero. As Agresti and Min (2005, Statistics
 in Medicine 24) do for matched pairs, two pseudo-episodes whose outcomes are fair coin flips, independent in each row,
@@ -11,13 +16,14 @@ are therefore mixed in, shared out among the tasks that are averaged. They move 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from perennial.errors import PerennialError
-from perennial.evaluation.metrics import METRICS, Metric
+from perennial.evaluation.metrics import METRICS, RATES, Metric
 from perennial.evaluation.success_matrix import SuccessMatrix
 from perennial.randomness import Key, stream
 
@@ -47,6 +53,10 @@ Summary = dict[str, Estimate | None]
 """By metric: avg, gain, nbt, fwt, zs, zs_gain; None where it is undefined or a cell it needs is missing."""
 Drawn = tuple[float | None, np.ndarray]
 """A figure as measured, None where it is undefined, and in each of `RESAMPLES` resamples."""
+Limits = tuple[float, float]
+"""What a figure cannot fall below or rise above."""
+_LEVELS: dict[str, Limits] = {name: (0.0 if name in RATES else -1.0, 1.0) for name in METRICS}
+_CHANGES: dict[str, Limits] = {name: (low - high, high - low) for name, (low, high) in _LEVELS.items()}
 
 
 def wilson(successes: int, episodes: int) -> Estimate:
@@ -69,9 +79,7 @@ def summary(matrix: SuccessMatrix) -> Summary:
 
 
 def summary_of_runs(matrices: Sequence[SuccessMatrix]) -> Summary:
-    """Means of all metrics over runs that differ in their seed, with crossed bootstrap intervals.
-
-    Few runs give narrow intervals: with three, the spread between runs is itself hardly known.
+    """Means of all metrics over runs that differ in their seed.
 
     Raises:
         PerennialError: no run is given, or the runs teach or hold out different tasks.
@@ -82,21 +90,22 @@ def summary_of_runs(matrices: Sequence[SuccessMatrix]) -> Summary:
         raise PerennialError("The runs teach different tasks, so their mean says nothing; summarise them separately.")
     if len(matrices) == 1:
         return summary(matrices[0])
-    return {name: _told(drawn, len(matrices)) for name, drawn in _drawn(matrices).items()}
+    return _over_runs([_drawn(matrices)], _LEVELS)
 
 
 def summary_of_groups(groups: Sequence[Sequence[SuccessMatrix]]) -> Summary:
     """Means over groups of runs, one group for each choice of taught tasks; within a group only the seed differs.
 
-    Groups count alike and are not resampled: the figures are about these tasks. Seeds and states are.
+    Groups count alike and are not resampled: the figures are about these tasks. Seeds and states are. The variance
+    between runs is pooled over the groups, as in an analysis of variance, so that a group of one
+    run takes that of the others.
 
     Raises:
         PerennialError: there is no group, or one is empty.
     """
     if not groups or not all(groups):
         raise PerennialError("There is no run to summarise; give at least one for each group.")
-    found = [_drawn(matrices) for matrices in groups]
-    return {name: _told(_mean([f[name] for f in found]), sum(map(len, groups))) for name in METRICS}
+    return _over_runs([_drawn(matrices) for matrices in groups], _LEVELS)
 
 
 def difference(first: SuccessMatrix, second: SuccessMatrix) -> Summary:
@@ -117,9 +126,7 @@ def difference(first: SuccessMatrix, second: SuccessMatrix) -> Summary:
 
 
 def mean_difference(pairs: Sequence[Pair]) -> Summary:
-    """The mean of `difference` over pairs of runs that share their seed, with crossed bootstrap intervals.
-
-    Pairs are resampled, and so are the states, which are the same in all runs.
+    """The mean of `difference` over pairs of runs that share their seed; see `summary_of_runs`, with pairs for runs.
 
     Raises:
         PerennialError: no pair is given, or the runs of one have no task in common.
@@ -128,8 +135,7 @@ def mean_difference(pairs: Sequence[Pair]) -> Summary:
         raise PerennialError("There is no pair of runs to compare; give at least one.")
     if len(pairs) == 1:
         return difference(*pairs[0])
-    found = [_differences(_common(*pair)) for pair in pairs]
-    return {name: _told(_over_runs([f[name] for f in found]), len(pairs)) for name in METRICS}
+    return _over_runs([[_differences(_common(*pair)) for pair in pairs]], _CHANGES)
 
 
 def difference_of_groups(groups: Sequence[Sequence[Pair]]) -> Summary:
@@ -140,11 +146,25 @@ def difference_of_groups(groups: Sequence[Sequence[Pair]]) -> Summary:
     """
     if not groups or not all(groups):
         raise PerennialError("There is no pair of runs to compare; give at least one for each group.")
-    found = [[_differences(_common(*pair)) for pair in pairs] for pairs in groups]
-    return {
-        name: _told(_mean([_over_runs([f[name] for f in group]) for group in found]), sum(map(len, groups)))
-        for name in METRICS
-    }
+    return _over_runs([[_differences(_common(*pair)) for pair in pairs] for pairs in groups], _CHANGES)
+
+
+def student(groups: Sequence[Sequence[float]]) -> float:
+    """Half the width of the t interval of a mean over groups of means over runs; 0 where no group has two runs.
+
+    The variance s^2 between runs is pooled over the G groups of n_g runs: t(sum(n_g - 1)) s sqrt(sum(1 / n_g)) / G.
+
+    Args:
+        groups: a figure of every run; within a group only the seed differs.
+    """
+    from scipy.special import stdtrit
+
+    freedom = sum(len(group) - 1 for group in groups)
+    if not freedom:
+        return 0.0
+    variance = sum(float(np.var(group)) * len(group) for group in groups) / freedom
+    error = math.sqrt(variance * sum(1 / len(group) for group in groups)) / len(groups)
+    return float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error
 
 
 def _common(first: SuccessMatrix, second: SuccessMatrix) -> Pair:
@@ -162,13 +182,13 @@ def _common(first: SuccessMatrix, second: SuccessMatrix) -> Pair:
     return first.restricted(trained, held_out, episodes), second.restricted(trained, held_out, episodes)
 
 
-def _drawn(matrices: Sequence[SuccessMatrix]) -> dict[str, Drawn]:
-    """By metric: the mean over runs that differ in their seed."""
-    resampled = [_resampled_rates([m], RESAMPLES, ("runs",))[0] for m in matrices]  # one key, so the same states
-    return {
-        name: _over_runs([(_value(metric, m), _metric(metric, r, m)) for r, m in zip(resampled, matrices, strict=True)])
-        for name, metric in METRICS.items()
-    }
+def _drawn(matrices: Sequence[SuccessMatrix]) -> list[dict[str, Drawn]]:
+    """Of each run, by metric; the resampled states are the same in all runs."""
+    resampled = [_resampled_rates([m], RESAMPLES, ("runs",))[0] for m in matrices]
+    return [
+        {name: (_value(metric, m), _metric(metric, r, m)) for name, metric in METRICS.items()}
+        for r, m in zip(resampled, matrices, strict=True)
+    ]
 
 
 def _differences(pair: Pair) -> dict[str, Drawn]:
@@ -183,26 +203,28 @@ def _differences(pair: Pair) -> dict[str, Drawn]:
     return found
 
 
-def _over_runs(found: Sequence[Drawn]) -> Drawn:
-    """The mean over runs, which are resampled; all of the same draws of states."""
-    runs = len(found)
+def _over_runs(groups: Sequence[Sequence[Mapping[str, Drawn]]], limits: Mapping[str, Limits]) -> Summary:
+    """By metric: the mean over groups of the means over their runs, within `limits`."""
+    return {name: _mean([[run[name] for run in group] for group in groups], limits[name]) for name in METRICS}
+
+
+def _mean(groups: Sequence[Sequence[Drawn]], limits: Limits) -> Estimate | None:
+    """One metric of `_over_runs`; None if it is undefined in a run."""
+    values = [[value for value, _ in group if value is not None] for group in groups]
+    if any(len(known) < len(group) for known, group in zip(values, groups, strict=True)):
+        return None
+    value = float(np.mean([np.mean(group) for group in values]))
+    crossed = np.mean([_crossed([spread for _, spread in group]) for group in groups], axis=0)
+    found, margin = _estimate(value, crossed, sum(map(len, groups))), student(values)
+    low, high = min(found.low, value - margin), max(found.high, value + margin)
+    return replace(found, low=max(low, limits[0]), high=min(high, limits[1]))
+
+
+def _crossed(spreads: Sequence[np.ndarray]) -> np.ndarray:
+    """Means over runs, which are resampled; all of them in the same draws of states."""
+    runs = len(spreads)
     chosen = stream(0, "bootstrap", "seeds").integers(runs, size=(RESAMPLES, runs))
-    spreads = np.stack([spread for _, spread in found])[chosen, np.arange(RESAMPLES)[:, None]]
-    return _mean(found)[0], spreads.mean(axis=1)
-
-
-def _mean(found: Sequence[Drawn]) -> Drawn:
-    """The mean over what is not resampled; None if one is."""
-    values = [value for value, _ in found if value is not None]
-    return (
-        float(np.mean(values)) if len(values) == len(found) else None,
-        np.mean([spread for _, spread in found], axis=0),
-    )
-
-
-def _told(drawn: Drawn, n: int) -> Estimate | None:
-    value, spread = drawn
-    return None if value is None else _estimate(value, spread, n)
+    return np.asarray(np.stack(spreads)[chosen, np.arange(RESAMPLES)[:, None]].mean(axis=1))
 
 
 def _resampled_rates(matrices: Sequence[SuccessMatrix], resamples: int, key: Key) -> list[np.ndarray]:
