@@ -196,7 +196,6 @@ def test_phases_are_tasks_one_by_one_or_all_at_once(config):
 def test_every_preset_says_what_it_is_and_teaches_tasks_of_its_suite(name):
     config = preset(name)
     assert isinstance(config, Config)
-    assert config.description
     assert config.tasks != Tasks(())
     assert discovery.describe(discovery.names("presets")[name])
 

@@ -1,9 +1,9 @@
 """What a run is: a value made of frozen dataclasses, with dotted overrides and a check before anything starts.
 
-`resolve("demo", {"seed": "1", "recipe.grpo.groups": "8", "strategies": "ewc"})` is how the command line makes one.
-Pieces that come in kinds are chosen by name (`--policy.name`, `--recipe grpo`, `--strategies ewc,replay`) and their
-own settings are reached through that name (`--strategies.ewc.coefficient 10`). A number in place of the name, counted
-from 1, means one of several stages of the same kind (`--recipe grpo,grpo --recipe.2.iterations 4`).
+`overrides.apply(preset("demo"), {"seed": "1", "recipe.grpo.groups": "8", "strategies": "ewc"})` is how the command
+line makes one. Pieces that come in kinds are chosen by name (`--policy.name`, `--recipe grpo`, `--strategies
+ewc,replay`) and their own settings are reached through that name (`--strategies.ewc.coefficient 10`). A number in place
+of the name, counted from 1, means one of several stages of a kind (`--recipe grpo,grpo --recipe.2.iterations 4`).
 """
 
 from __future__ import annotations
@@ -115,7 +115,6 @@ class Config:
     """One run.
 
     Attributes:
-        description: one line for `perennial list presets`.
         seed: names every random stream of the run.
         suite: where the tasks live.
         schedule: "sequential" teaches one task after another; "joint" teaches all at once with the same total budget,
@@ -127,8 +126,7 @@ class Config:
         trackers: loggers beside the JSON lines that are always written.
     """
 
-    may_be_zero: ClassVar[frozenset[str]] = frozenset({"seed"})
-    description: str
+    may_be_zero: ClassVar[frozenset[str]] = frozenset({"seed", "threads"})
     tasks: Tasks
     seed: int = 0
     suite: str = "metaworld"
@@ -170,6 +168,9 @@ def validate(config: Config) -> Config:
         PerennialError: a sentence about the first thing that cannot work.
     """
     validate_settings(config)
+    suite = discovery.find("suites", config.suite, Suite)()
+    for task in (*config.tasks.trained, *config.tasks.held_out):
+        suite.check(task)
     for stage in config.recipe:
         stage.check(config.tasks.trained)
     for strategy in config.strategies:

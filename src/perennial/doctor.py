@@ -31,6 +31,23 @@ from perennial.suites.base import Suite
 Status = Literal["ok", "warning", "problem"]
 GIGABYTE = 10**9
 PROBE_SECONDS = 120
+LIBRARIES = (
+    "perennial",
+    "torch",
+    "numpy",
+    "transformers",
+    "peft",
+    "gymnasium",
+    "mujoco",
+    "metaworld",
+    "gymnasium-robotics",
+    "hf-libero",
+    "robosuite",
+    "robocasa",
+    "mani_skill",
+    "sapien",
+)
+"""What a run's numbers depend on, as far as it is installed."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +132,6 @@ def render_check(probe: Probe) -> Check:
         return Check("rendering", "ok", probe.said)
     fix = "On Debian and Ubuntu: apt-get install libosmesa6; then MUJOCO_GL=osmesa perennial doctor"
     return Check("rendering", "problem", probe.said, fix)
-
-
-def metaworld_check(installed: str | None, probe: Probe) -> Check:
-    """Meta-World imports."""
-    fix = how_to_install("metaworld")
-    if installed is None:
-        return Check("Meta-World", "warning", "not installed", fix)
-    if not probe.succeeded:
-        return Check("Meta-World", "problem", f"{installed} cannot be imported: {probe.said}", fix)
-    return Check("Meta-World", "ok", installed)
 
 
 def memory_check(free: int) -> Check:
@@ -252,9 +259,7 @@ def diagnose(runs: Path = Path("runs")) -> list[Check]:
     ]
     if mujoco:
         checks.append(render_check(probe(DRAW)))
-    missing = Probe(False, "not installed")
     checks += [
-        metaworld_check(metaworld, probe("import metaworld") if metaworld else missing),
         *suite_checks(),
         memory_check(machine.free_memory()),
         disk_check(shutil.disk_usage(nearest_existing(runs)).free, nearest_existing(runs)),
@@ -269,20 +274,9 @@ def describe_machine() -> dict[str, str | int | None]:
     import psutil
     import torch
 
-    libraries = (
-        "perennial",
-        "torch",
-        "numpy",
-        "transformers",
-        "peft",
-        "gymnasium",
-        "mujoco",
-        "metaworld",
-        "gymnasium-robotics",
-    )
     return {
         "python": platform.python_version(),
-        **{name: installed_version(name) for name in libraries},
+        **{name: version for name in LIBRARIES if (version := installed_version(name)) is not None},
         "system": platform.platform(),
         "processor": processor_name(),
         "cores": os.cpu_count(),

@@ -2,7 +2,10 @@
 
 import dataclasses
 
+import pytest
+
 from perennial import config
+from perennial.errors import PerennialError
 
 TAUGHT = ("put carrot on plate", "put bread on plate", "put ketchup bottle on plate", "put fast-food cup on plate")
 HELD_OUT = ("put watering can on plate", "put pipe on plate", "put toy bear on plate", "put hamburger on plate")
@@ -52,4 +55,6 @@ def test_the_preset_is_what_the_paper_says(toy_checkpoint):
     assert (preset.evaluation.episodes, preset.evaluation.temperature) == (320, 0.6)
     assert preset.strategies == ()
     choice = dataclasses.replace(preset.policy, checkpoint=str(toy_checkpoint))
-    config.validate(dataclasses.replace(preset, policy=choice))
+    ready = config.validate_settings(dataclasses.replace(preset, policy=choice))
+    with pytest.raises(PerennialError, match=r"needs the scene PutOnPlateInScene25"):  # before anything is loaded
+        config.validate(ready)

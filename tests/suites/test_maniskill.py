@@ -98,11 +98,13 @@ def test_a_missing_package_is_explained(monkeypatch):
 def drivers(tmp_path, monkeypatch):
     """An empty folder of Vulkan drivers on a machine without a GPU; gives the means to add one."""
     monkeypatch.setattr(_maniskill_install, "_FOLDER", tmp_path)
+    monkeypatch.setattr(_maniskill_install, "_LOCAL", tmp_path / "local")
     monkeypatch.setattr(_maniskill_install, "_GPU", tmp_path / "nvidia0")
     monkeypatch.delenv("VK_ICD_FILENAMES", raising=False)
     monkeypatch.delenv("LP_NUM_THREADS", raising=False)
 
     def add(version, name="lvp_icd.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"ICD": {"api_version": version, "library_path": "x.so"}}))
         return tmp_path / name
 
@@ -135,9 +137,14 @@ def test_preparing_names_mesas_driver_unless_there_is_a_gpu_or_a_choice(drivers,
     assert _maniskill_install.os.environ["VK_ICD_FILENAMES"] == "chosen.json"
     monkeypatch.delenv("VK_ICD_FILENAMES")
     (tmp_path / "nvidia0").touch()
+    assert _maniskill_install.renderer() == "cpu", "the GPU's driver is not here"
+    drivers("1.4.303", "local/nvidia_icd.json")
+    assert _maniskill_install.renderer() == "gpu"
     _maniskill_install.prepare()
     assert "VK_ICD_FILENAMES" not in _maniskill_install.os.environ
-    assert _maniskill_install.renderer() == "gpu"
+    monkeypatch.setenv("VK_ICD_FILENAMES", str(file))
+    assert _maniskill_install.renderer() == "cpu", "Mesa's driver was chosen"
+    monkeypatch.delenv("VK_ICD_FILENAMES")
     (tmp_path / "nvidia0").unlink()
     _maniskill_install.prepare()
     assert _maniskill_install.os.environ["VK_ICD_FILENAMES"] == str(file)

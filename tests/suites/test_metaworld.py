@@ -4,6 +4,7 @@ import sys
 import numpy as np
 import pytest
 
+from perennial.doctor import Probe
 from perennial.errors import PerennialError
 from perennial.suites.metaworld import MetaWorld
 from perennial.testing.suite_conformance import (
@@ -237,3 +238,20 @@ def test_a_model_that_was_dropped_is_compiled_anew():
     np.testing.assert_array_equal(one.render(), other.render())
     one.close()
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("installed", "result", "status"),
+    [
+        (None, Probe(False, "asked"), "warning"),
+        ("3.1.1", Probe(False, "crashed with SIGSEGV"), "problem"),
+        ("3.1.1", Probe(True, ""), "ok"),
+    ],
+)
+def test_the_doctor_says_whether_it_can_be_imported(monkeypatch, installed, result, status):
+    monkeypatch.setattr("perennial.doctor.installed_version", {"metaworld": installed}.get)
+    monkeypatch.setattr("perennial.doctor.probe", {"import metaworld": result}.get)
+    (check,) = SUITE.doctor()
+    assert check.status == status
+    assert result.said in check.finding or installed is None
+    assert (check.fix == "") == (status == "ok")

@@ -15,7 +15,6 @@ from perennial.rollout.workers import WorkerConfig
 TOY = "perennial.testing.toy"
 
 CONFIG = Config(
-    description="two toy tasks and one held out",
     suite=TOY,
     tasks=Tasks(("left", "right"), ("up-left",)),
     policy=PolicyChoice(TOY, "none", LoRA(4, 4)),

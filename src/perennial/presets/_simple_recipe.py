@@ -16,18 +16,16 @@ from perennial.suites.base import Sequence
 TEMPERATURE = 1.6
 
 
-def simple_recipe(benchmark: str, suite: str, tasks: Sequence, checkpoint: str, iterations: int) -> Config:
+def simple_recipe(suite: str, tasks: Sequence, checkpoint: str, iterations: int) -> Config:
     """The tasks of a sequence in a row, and those that it holds out.
 
     Args:
-        benchmark: what people call it.
         suite: name of the suite.
         tasks: of the suite.
         checkpoint: folder with the policy that starts.
         iterations: of GRPO for each task.
     """
     return Config(
-        description=f"The simple recipe on {benchmark}, with the hyper-parameters of the paper",
         suite=suite,
         tasks=Tasks(tasks.trained, tasks.held_out),
         policy=PolicyChoice(checkpoint=checkpoint, adapter=LoRA(rank=32, alpha=32)),

@@ -6,6 +6,5 @@ from perennial.suites.metaworld import MetaWorld
 SEQUENCE = MetaWorld.sequences["demo"]
 
 CONFIG = Config(
-    description="Three Meta-World tasks in a row with LoRA and GRPO",
     tasks=Tasks(SEQUENCE.trained, SEQUENCE.held_out),
 )

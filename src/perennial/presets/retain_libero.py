@@ -20,7 +20,6 @@ from perennial.suites.libero_retain import GENERALIST
 STOVE = "long-2"
 
 CONFIG = Config(
-    description="RETAIN on LIBERO: pi0 learns one long task and is merged, with the hyper-parameters of the paper",
     seed=42,
     suite="libero_retain",
     tasks=Tasks((STOVE,), GENERALIST),

@@ -11,7 +11,6 @@ GENERALIST = (
 """Tasks that the base can do, which are not taught again."""
 
 CONFIG = Config(
-    description="RETAIN on Meta-World: one new task from narrow demonstrations, ten old ones, shifted settings",
     tasks=Tasks(("door-open-v3",), GENERALIST),
     policy=PolicyChoice(adapter=None),
     recipe=(

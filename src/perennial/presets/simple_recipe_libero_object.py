@@ -7,7 +7,6 @@ from perennial.presets._simple_recipe import simple_recipe
 from perennial.suites.libero_study import LiberoStudy
 
 CONFIG = simple_recipe(
-    "LIBERO, suite object",
     "libero_study",
     LiberoStudy.sequences["object"],
     "hub:Haozhan72/Openvla-oft-SFT-libero-object-traj1",

@@ -5,7 +5,7 @@ The paper takes all other values unchanged from its LIBERO experiments. What it 
 temperatures from the only released ManiSkill configuration, the 160 initial states and 10,240 episodes a task from a
 re-implementation that cites the appendix; 320 evaluation episodes are those of LIBERO.
 
-It cannot be run as it stands: the suite lacks the scene of these tasks. It starts from OpenVLA after their warm-up,
+It is refused as it stands: the suite lacks the scene of these tasks. It starts from OpenVLA after their warm-up,
 `hf download gen-robot/openvla-7b-rlvla-warmup`.
 """
 
@@ -16,7 +16,6 @@ from perennial.presets._simple_recipe import simple_recipe
 from perennial.suites.maniskill import ManiSkill
 
 LIKE_LIBERO = simple_recipe(
-    "ManiSkill, put things on a plate",
     "maniskill",
     ManiSkill.sequences["on_plate"],
     "hub:gen-robot/openvla-7b-rlvla-warmup",

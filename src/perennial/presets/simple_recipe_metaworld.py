@@ -6,7 +6,6 @@ from perennial.suites.metaworld import MetaWorld
 SEQUENCE = MetaWorld.sequences["simple_recipe"]
 
 CONFIG = Config(
-    description="The simple recipe on Meta-World, five tasks in a row and five held out",
     tasks=Tasks(SEQUENCE.trained, SEQUENCE.held_out),
     evaluation=Evaluation(film=0),
 )

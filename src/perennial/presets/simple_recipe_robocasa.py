@@ -8,6 +8,4 @@ run by us.
 from perennial.presets._simple_recipe import simple_recipe
 from perennial.suites.robocasa import RoboCasa
 
-CONFIG = simple_recipe(
-    "RoboCasa", "robocasa", RoboCasa.sequences["simple_recipe"], "Openvla-oft-SFT-robocasa", iterations=10
-)
+CONFIG = simple_recipe("robocasa", RoboCasa.sequences["simple_recipe"], "Openvla-oft-SFT-robocasa", iterations=10)

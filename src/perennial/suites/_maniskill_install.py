@@ -13,14 +13,20 @@ INSTALL = "apt-get install -t bookworm-backports mesa-vulkan-drivers libvulkan1"
 
 _DRIVERS = "VK_ICD_FILENAMES"
 _FOLDER = Path("/usr/share/vulkan/icd.d")
+_LOCAL = Path("/etc/vulkan/icd.d")
 _GPU = Path("/dev/nvidia0")
 _OLDEST = (1, 4)
 """Vulkan of Mesa 25. That of Mesa 22 (1.3) was seen to fail: it lacks extensions that SAPIEN asks for."""
 
 
 def renderer() -> str:
-    """ManiSkill's name of where pictures are drawn: the NVIDIA GPU if there is one, else the processor."""
-    return "gpu" if _GPU.exists() else "cpu"
+    """ManiSkill's name of where pictures are drawn: an NVIDIA GPU with its Vulkan driver, else the processor.
+
+    Containers often have the GPU without that driver. Who names a driver in VK_ICD_FILENAMES has chosen.
+    """
+    named = os.environ.get(_DRIVERS)
+    drivers = [named] if named else [path.name for folder in (_FOLDER, _LOCAL) for path in folder.glob("*.json")]
+    return "gpu" if _GPU.exists() and any("nvidia" in driver for driver in drivers) else "cpu"
 
 
 def no_vulkan(reason: object) -> PerennialError:

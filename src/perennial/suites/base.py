@@ -99,7 +99,7 @@ class Suite(ABC):
     Attributes:
         tasks: by name.
         sequences: named task orders.
-        variants: names of shifted versions of every task; the first is the in-distribution one.
+        variants: names of shifted versions of every task; the first is the in-distribution one and is called "id".
         state_dim: length S of the proprioceptive state.
         action_dim: length D of an action.
         steps_per_second: environment steps of one process, without pictures, as far as measured; for plans only.
@@ -120,6 +120,14 @@ class Suite(ABC):
         Raises:
             PerennialError: unknown task or variant, or the simulator is not installed.
         """
+
+    def check(self, task: str) -> None:
+        """See that the environment of `task` can be built, as far as that is known without a simulator.
+
+        Raises:
+            PerennialError: it cannot.
+        """
+        return
 
     def expert(self, task: str) -> Expert | None:
         """The scripted expert of `task`, if there is one."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from perennial.errors import how_to_install, not_installed, unknown
+from perennial.errors import how_to_install, not_installed
 from perennial.suites import base
 from perennial.suites._kitchen_tasks import SEQUENCES, TASKS, VARIANTS
 from perennial.suites._mujoco import Painter, borrow, choose_gl, give_back
@@ -34,16 +34,12 @@ class Kitchen(base.Suite):
 
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> KitchenEnvironment:
         """Build the environment of `task`; see `Suite.make`."""
-        if task not in self.tasks:
-            raise unknown("Franka Kitchen task", task, self.tasks)
-        if variant not in VARIANTS:
-            raise unknown("Franka Kitchen variant", variant, VARIANTS)
+        base.require_known(self, self.name, [task], [variant])
         return KitchenEnvironment(self.tasks[task], variant, image_size)
 
     def expert(self, task: str) -> base.Expert:
         """The scripted expert of `task`."""
-        if task not in self.tasks:
-            raise unknown("Franka Kitchen task", task, self.tasks)
+        base.require_known(self, self.name, [task])
         _simulator()
         from perennial.suites._kitchen_expert import ScriptedExpert
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from perennial.errors import PerennialError, how_to_install, not_installed, unknown
+from perennial.errors import PerennialError, how_to_install, not_installed
 from perennial.suites import _maniskill_experts, base
 from perennial.suites._maniskill_install import prepare, renderer, software_driver
 from perennial.suites._maniskill_tasks import ON_PLATE, SEQUENCES, TASKS
@@ -38,21 +38,21 @@ class ManiSkill(base.Suite):
 
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> ManiSkillEnvironment:
         """Build the environment of `task`; see `Suite.make`."""
-        if task not in self.tasks:
-            raise unknown("ManiSkill task", task, self.tasks)
-        if variant not in self.variants:
-            raise unknown("ManiSkill variant", variant, self.variants)
+        base.require_known(self, self.name, [task], [variant])
+        self.check(task)
+        return ManiSkillEnvironment(self.tasks[task], image_size)
+
+    def check(self, task: str) -> None:
+        """The scene of the tasks on a plate is not here."""
         if task in ON_PLATE:
             raise PerennialError(
                 f"{task} needs the scene PutOnPlateInScene25 and its models `more_carrot` and `more_plate`, which come "
                 f"with RL4VLA and not with ManiSkill: choose among {', '.join(sorted(TASKS.keys() - ON_PLATE.keys()))}."
             )
-        return ManiSkillEnvironment(self.tasks[task], image_size)
 
     def expert(self, task: str) -> base.Expert | None:
         """A scripted expert for the tasks with cubes."""
-        if task not in self.tasks:
-            raise unknown("ManiSkill task", task, self.tasks)
+        base.require_known(self, self.name, [task])
         return _maniskill_experts.EXPERTS.get(task)
 
     def doctor(self) -> list[Any]:

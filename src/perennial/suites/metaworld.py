@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 
-from perennial.errors import not_installed, unknown
+from perennial.errors import how_to_install, not_installed
 from perennial.suites import base
 from perennial.suites._metaworld_tasks import SEQUENCES, TASKS
 from perennial.suites._metaworld_variants import CAMERA, VARIANTS
@@ -37,18 +37,27 @@ class MetaWorld(base.Suite):
 
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> MetaWorldEnvironment:
         """Build the environment of `task`; see `Suite.make`."""
-        if task not in self.tasks:
-            raise unknown("Meta-World task", task, self.tasks)
-        if variant not in VARIANTS:
-            raise unknown("Meta-World variant", variant, VARIANTS)
+        base.require_known(self, self.name, [task], [variant])
         return MetaWorldEnvironment(self.tasks[task], variant, image_size)
 
     def expert(self, task: str) -> base.Expert:
         """The scripted expert of `task` that comes with Meta-World."""
-        if task not in self.tasks:
-            raise unknown("Meta-World task", task, self.tasks)
+        base.require_known(self, self.name, [task])
         expert: base.Expert = _simulator().ScriptedExpert(task)
         return expert
+
+    def doctor(self) -> list[Any]:
+        """Whether Meta-World is here and can be imported; its MuJoCo is judged with MuJoCo."""
+        from perennial.doctor import Check, installed_version, probe
+
+        version = installed_version("metaworld")
+        if version is None:
+            return [Check("Meta-World", "warning", "not installed", how_to_install("metaworld"))]
+        found = probe("import metaworld")
+        if not found.succeeded:
+            finding = f"{version} cannot be imported: {found.said}"
+            return [Check("Meta-World", "problem", finding, how_to_install("metaworld"))]
+        return [Check("Meta-World", "ok", version)]
 
 
 def _simulator() -> Any:

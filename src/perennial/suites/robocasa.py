@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 from packaging.version import Version
 
-from perennial.errors import PerennialError, unknown
+from perennial.errors import PerennialError
 from perennial.suites import base
 from perennial.suites._mujoco import choose_gl
 
@@ -83,10 +83,7 @@ class RoboCasa(base.Suite):
 
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> RoboCasaEnvironment:
         """Build the environment of `task`; see `Suite.make`."""
-        if task not in self.tasks:
-            raise unknown("RoboCasa task", task, self.tasks)
-        if variant not in _KITCHENS:
-            raise unknown("RoboCasa variant", variant, _KITCHENS)
+        base.require_known(self, self.name, [task], [variant])
         kitchen = _wrapper()(
             env_name=task, split=_KITCHENS[variant], camera_widths=image_size, camera_heights=image_size
         )
