@@ -155,7 +155,33 @@ def test_metrics_tell_every_iteration_and_timings_every_wait(run):
         assert {"success", "env_steps", "loss", "kl", "clip_fraction", "grad_norm", "kept", "penalty"} <= set(row)
         assert "seconds" not in "".join(row)
     timings = lines(run / "timings.jsonl")
-    assert [row["event"] for row in timings] == (["evaluation"] * 6 + ["iteration"] * 2) * 2 + ["evaluation"] * 6
+    learning = ["strategy", "iteration", "iteration", "strategy"]
+    assert [row["event"] for row in timings] == (["evaluation"] * 6 + learning) * 2 + ["evaluation"] * 6
+
+
+def test_what_strategies_play_is_counted_once_however_often_the_run_stops(config, tmp_path, monkeypatch, no_report):
+    played = []
+
+    def play(strategies, task, policy, collect):
+        played.append(collect(3) + collect(2, "right", first=5))
+        if len(played) == 1:
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(Strategies, "after_task", play)
+    with pytest.raises(ZeroDivisionError):
+        experiment.start(config, "toy", tmp_path / "run")
+    experiment.resume(tmp_path / "run")
+    told = [row for row in lines(tmp_path / "run" / "timings.jsonl") if row["event"] == "strategy"]
+    assert [(row["task_index"], row["hook"], row["episodes"]) for row in told] == [
+        (1, "before_task", 0),
+        (1, "after_task", 5),
+        (2, "before_task", 0),
+        (2, "after_task", 5),
+    ]
+    steps = [sum(int(t.steps.sum()) for t in trajectories) for trajectories in played]
+    assert len(steps) == 3
+    assert [row["env_steps"] for row in told] == [0, steps[1], 0, steps[2]]
+    assert all(row["seconds"] >= 0 for row in told)
 
 
 def test_a_report_is_written(run):

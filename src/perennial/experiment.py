@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import time
-from contextlib import ExitStack
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -84,8 +86,9 @@ def _learn_phase(session: Session, phase: int) -> None:
     if session.cursor == Cursor():
         gating.keep_base(session)
     if session.cursor == Cursor(phase):
-        for task in tasks:
-            session.strategies.before_task(task, session.policy)
+        with _cost(session, phase, "before_task"):
+            for task in tasks:
+                session.strategies.before_task(task, session.policy)
     for number in range(session.cursor.stage, len(config.recipe)):
         # Joint learning gets the budget of all its tasks.
         objective = replace(config.recipe[number], iterations=config.recipe[number].iterations * len(tasks))
@@ -109,11 +112,12 @@ def _learn_phase(session: Session, phase: int) -> None:
     session.optimizer = None
     set_trainable(session.policy)
     torch.set_num_threads(config.threads)  # also where no iteration was left to learn
-    for task in tasks:
-        session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, task))
-        for strategy, account in session.strategies.accounts().items():
-            place = {"task": task.name, "task_index": phase + 1, "strategy": strategy}
-            session.folder.log("metrics", {"event": "strategy", **place, **account})
+    with _cost(session, phase, "after_task") as cost:
+        for task in tasks:
+            session.strategies.after_task(task, session.policy, functools.partial(_collect, session, phase, cost, task))
+            for strategy, account in session.strategies.accounts().items():
+                place = {"task": task.name, "task_index": phase + 1, "strategy": strategy}
+                session.folder.log("metrics", {"event": "strategy", **place, **account})
     gating.pass_gate(session, phase)
     session.folder.save_task(phase + 1, label(names), session.write_learned)
     session.commit(Cursor(phase + 1))
@@ -143,16 +147,26 @@ def _finish_iteration(session: Session, phase: int, stage: int, total: int, done
     session.commit(Cursor(phase, stage, done.number + 1))
 
 
+@contextmanager
+def _cost(session: Session, phase: int, hook: str) -> Iterator[Counter[str]]:
+    """Log the time that strategies take in a hook, and what is counted meanwhile of the episodes that they play."""
+    begun, played = time.monotonic(), Counter(episodes=0, env_steps=0)
+    yield played
+    place = {"hook": hook, "task_index": phase + 1}
+    session.folder.log("timings", {"event": "strategy", **place, "seconds": time.monotonic() - begun, **played})
+
+
 def _collect(
     session: Session,
     phase: int,
+    cost: Counter[str],
     learned: Task,
     count: int,
     task: str | None = None,
     variant: str = "id",
     first: int = 0,
 ) -> list[Trajectory]:
-    """Play sampled training episodes after phase `phase`, for a strategy; see `strategies.base.Collect`."""
+    """Play sampled training episodes after phase `phase` for a strategy, counted; see `strategies.base.Collect`."""
     session.workers.follow(session.policy)
     played = learned if task is None else session.suite.tasks[task]
     temperature, place = session.config.evaluation.temperature, () if variant == "id" else (variant,)
@@ -169,7 +183,9 @@ def _collect(
         )
         for i in range(first, first + count)
     ]
-    return session.workers.collect(episodes)
+    trajectories = session.workers.collect(episodes)
+    cost.update(episodes=count, env_steps=int(sum(t.steps.sum() for t in trajectories)))
+    return trajectories
 
 
 def _evaluate_lost(session: Session) -> None:

@@ -9,6 +9,7 @@ from example_run import HELD_OUT, TRAINED, write_example
 
 from perennial.errors import PerennialError
 from perennial.reports import page, summary
+from perennial.reports.record import read
 
 HOSTILE = ["<script>alert(1)<", "\"onerror=x' & {{7*7}}", "物体を押す ✓", "a]b [red]c", "$x_1$ --"]
 VOID = {"meta", "link", "data-void", "br", "img", "input", "hr"}
@@ -198,6 +199,21 @@ def test_time_and_speed_add_up(elements):
         e[2].startswith(f"{steps:,} environment steps") and f"{steps / (390 + 282):,.0f} a second" in e[2]
         for e in elements.all("p")
     )
+
+
+def test_the_time_of_strategies_is_told_where_it_was_measured(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "run")
+    with (copy / "timings.jsonl").open("a") as log:
+        for episodes in (0, 16):
+            cost = {"seconds": 30.0, "episodes": episodes, "env_steps": 100 * episodes}
+            log.write(json.dumps({"event": "strategy", **cost}) + "\n")
+    before, now = page._time(read(folder)), page._time(read(copy))
+    name = "Strategies before and after tasks"
+    assert [part["seconds"] for part in now["parts"] if part["name"] == name] == [60.0]
+    assert name not in [part["name"] for part in before["parts"]]
+    assert now["total"] == before["total"] + 60
+    assert now["env_steps"] == before["env_steps"] + 1600
+    assert now["speed"] == before["speed"]
 
 
 def test_write_leaves_the_json_and_the_same_page_every_time(folder):

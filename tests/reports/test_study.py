@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 
@@ -27,6 +28,10 @@ def folder(tmp_path_factory):
         write_example(run, TRAINED, HELD_OUT, iterations=3, seed=entry.seed, boost=boost, videos=False)
         (run / "tasks" / "03-c").mkdir(parents=True)
         (run / "tasks" / "03-c" / "a.safetensors").write_bytes(bytes(1000 + entry.seed))
+        for line in range({"joint": 6, "l2": 1}.get(entry.method, 0)):  # all of them, some, none
+            with (run / "timings.jsonl").open("a") as log:
+                cost = {"seconds": 2.0, "episodes": line, "env_steps": 100 + entry.seed}
+                log.write(json.dumps({"event": "strategy", **cost}) + "\n")
         _results.write(folder, entry, "toyhouse.study", peak_bytes=5 * 10**8)
         place = _results.path(folder, entry)  # the example's configuration is no toy run's
         atomic.write_json(place, json.loads(place.read_text()) | {"config": config.to_json(entry.config())})
@@ -84,6 +89,63 @@ def test_cost_is_the_median_over_seeds(folder):
     assert row["cost"]["kept_bytes"] == 1000.5
     assert row["cost"]["peak_bytes"] == 5e8
     assert row["cost"]["update_seconds"] == pytest.approx(4.25 * 9, abs=0.1)
+
+
+def test_what_strategies_cost_is_known_where_all_of_it_was_logged(folder):
+    costs = {row["row"]: row["cost"] for row in study.figures(folder)["rows"]}
+    kinds = ("strategy_seconds", "strategy_episodes", "strategy_env_steps")
+    assert [costs["joint"][kind] for kind in kinds] == [12.0, 15.0, 603.0]
+    for row in ("l2", "sequential"):
+        assert [costs[row][kind] for kind in kinds] == [None] * 3
+    study.command(folder, False, Console(quiet=True))
+    page = (folder / "report" / "index.html").read_text()
+    cells = {row: page.split(f'data-cost="{row}"')[1].split("</tr>")[0] for row in costs}
+    assert "<td>12 s</td>" in cells["joint"]
+    assert "<td>603</td>" in cells["joint"]
+    assert cells["l2"].count(f"<td>{words.DASH}</td>") == 2
+
+
+@pytest.mark.parametrize("old", [0, 1])
+def test_a_cost_that_was_not_measured_counts_as_unknown_and_not_as_zero(folder, tmp_path, old):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder / "results", copy / "results")
+    shutil.copy(folder / "study.json", copy)
+
+    def cost(seed, **changes):
+        place = copy / "results" / "joint" / f"seed{seed}.json"
+        content = json.loads(place.read_text())
+        content["cost"] |= changes
+        place.write_text(json.dumps(content))
+        return place, content
+
+    place, content = cost(old, peak_bytes=0)
+    del content["cost"]["gate_seconds"]
+    place.write_text(json.dumps(content))
+    cost(1 - old, peak_bytes=2 * 10**9, gate_seconds=7.0)
+
+    def joint():
+        return next(row["cost"] for row in study.figures(copy)["rows"] if row["row"] == "joint")
+
+    assert (joint()["peak_bytes"], joint()["gate_seconds"]) == (2e9, 7.0)
+    cost(1 - old, peak_bytes=0)
+    assert joint()["peak_bytes"] is None
+
+
+def test_a_peak_that_is_not_known_is_left_out(folder, tmp_path):
+    shutil.copytree(folder / "runs" / "joint", tmp_path / "runs" / "joint")
+    entry = next(entry for entry in base.grid(STUDY) if entry.method == "joint")
+    _results.write(tmp_path, entry, "toyhouse.study", peak_bytes=None)
+    assert "peak_bytes" not in _results.load(_results.path(tmp_path, entry)).cost
+
+
+def test_published_numbers_of_another_form_are_marked(folder, monkeypatch):
+    other = dataclasses.replace(STUDY.methods["sequential"], published_form="it is <theirs>")
+    monkeypatch.setitem(STUDY.methods, "sequential", other)
+    assert study.figures(folder)["rows"][0]["published_form"] == "it is <theirs>"
+    study.command(folder, False, Console(quiet=True))
+    page = (folder / "report" / "index.html").read_text()
+    assert page.count("published 81.2*") == 4
+    assert page.count("* sequential: their form differs: it is &lt;theirs&gt;.") == 2  # a decoder each
 
 
 def test_the_page_shows_every_row_with_published_numbers_and_says_what_is_missing(folder, capsys):

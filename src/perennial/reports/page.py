@@ -21,7 +21,13 @@ from perennial.reports.record import Record, read
 from perennial.reports.summary import percent, report
 from perennial.storage import atomic
 
-PARTS = {"rollout": "Playing training episodes", "update": "Learning", "evaluation": "Evaluation", "commit": "Saving"}
+PARTS = {
+    "rollout": "Playing training episodes",
+    "update": "Learning",
+    "evaluation": "Evaluation",
+    "commit": "Saving",
+    "strategy": "Strategies before and after tasks",
+}
 VARIANTS = {"ood_val": "shifted versions of the tasks (validation)", "ood_test": "shifted versions of the tasks (test)"}
 FEW_KEPT = 0.5
 """A task whose updates used fewer of its decisions than this is worth a warning."""
@@ -243,8 +249,11 @@ def _time(record: Record) -> dict[str, Any]:
     for line in record.timings:
         for part in PARTS:
             seconds[part] += line.get(f"{part}_seconds", 0.0)
-        if line.get("event") == "evaluation":
-            seconds["evaluation"] += line["seconds"]
+        if line.get("event") in ("evaluation", "strategy"):
+            seconds[line["event"]] += line["seconds"]
+    strategies = [line for line in record.timings if line.get("event") == "strategy"]
+    if not strategies:  # an older version did not measure them
+        del seconds["strategy"]
     total = sum(seconds.values())
     steps = sum(line.get("env_steps", 0) for line in (*record.iterations, *record.timings))
     playing = seconds["rollout"] + seconds["evaluation"]
@@ -254,7 +263,7 @@ def _time(record: Record) -> dict[str, Any]:
             {"name": PARTS[p], "seconds": s, "share": 100 * s / total if total else 0} for p, s in seconds.items()
         ],
         "env_steps": steps,
-        "speed": steps / playing if playing else 0.0,
+        "speed": (steps - sum(line["env_steps"] for line in strategies)) / playing if playing else 0.0,
     }
 
 

@@ -18,7 +18,7 @@ from perennial.reports import page, plots, protocol, words
 from perennial.reports.summary import estimates_table, percent
 from perennial.storage import atomic
 from perennial.studies import base
-from perennial.studies._results import Result, has, load, path, study_name
+from perennial.studies._results import COSTS, Result, has, load, path, study_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,6 +26,16 @@ if TYPE_CHECKING:
 
 Results = Mapping[int, Result]
 """Seed -> result of one row of the study's tables."""
+COST_COLUMNS = (
+    ("Playing", "rollout_seconds", words.duration),
+    ("Learning", "update_seconds", words.duration),
+    ("Strategies", "strategy_seconds", words.duration),
+    ("Evaluation", "evaluation_seconds", words.duration),
+    ("Training steps", "train_env_steps", "{:,.0f}".format),
+    ("Steps for strategies", "strategy_env_steps", "{:,.0f}".format),
+    ("Peak memory", "peak_bytes", lambda size: f"{size / 1e9:.2f} GB"),
+    ("Kept", "kept_bytes", lambda size: f"{size / 1e6:.2f} MB"),
+)
 SHORT = {"avg": "AVG", "gain": "Gain", "nbt": "NBT", "fwt": "FWT", "zs": "ZS", "zs_gain": "ZS gain"}
 
 
@@ -59,7 +69,8 @@ def figures(folder: Path) -> dict[str, Any]:
         `study`, `description`, `preset`, `reference`, `source`, `decoders`, `environments` (the machines that results
         were made on), `missing` (runs without a result), `protocol` (see `reports.protocol.figures`), and
         `rows`, one for each method and order with a result: `row`, `section`, `seeds`, `overrides`, `commands`,
-        `published` (metric -> percentage points), `cost` (medians over seeds, see `studies._results.Result`) and
+        `published` (metric -> percentage points), `published_form` (how what they belong to differs, or ""), `cost`
+        (see `studies._results.COSTS`; medians over the seeds where it is known, None where it is for none) and
         `decoders`, which has for each decoder the metrics over seeds, `versus` (their difference to the reference on
         common seeds; None for the reference itself) and `forgetting`, the points lost on average on earlier tasks
         after each task. Metrics are `{value, low, high, n}` in percentage points or None;
@@ -120,7 +131,6 @@ def _row(entry: base.Entry, results: Results, reference: Results) -> dict[str, A
             "versus": None if results is reference else _versus(own, other),
             "forgetting": _forgetting(list(own.values())),
         }
-    costs = [result.cost for result in results.values()]
     return {
         "row": entry.row,
         "section": method.section if entry.order in (base.GIVEN, *entry.study.pooled) else "order of tasks",
@@ -128,9 +138,14 @@ def _row(entry: base.Entry, results: Results, reference: Results) -> dict[str, A
         "overrides": {key: value for key, value in entry.overrides.items() if key != "seed"},
         "commands": [result.content["command"] for result in results.values()],
         "published": dict(method.published),
-        "cost": {key: float(np.median([cost[key] for cost in costs])) for key in costs[0]},
+        "published_form": method.published_form,
+        "cost": {key: _median([r.cost[key] for r in results.values() if key in r.cost]) for key in COSTS},
         "decoders": decoders,
     }
+
+
+def _median(numbers: Sequence[float]) -> float | None:
+    return float(np.median(numbers)) if numbers else None
 
 
 def _versus(own: Mapping[int, SuccessMatrix], other: Mapping[int, SuccessMatrix]) -> dict[str, Any] | None:
@@ -177,6 +192,7 @@ def _render(found: Mapping[str, Any]) -> str:
         version=__version__,
         study=found,
         short=SHORT,
+        costs=COST_COLUMNS,
         sections=list(dict.fromkeys(row["section"] for row in rows)),
         trade_off=Markup(plots.trade_off("trade-off", points, "Gain in AVG against forgetting, a point a method")),
         curves=curves,

@@ -150,7 +150,7 @@ def _work(name: str, folder: Path, missing: Sequence[Entry], jobs: int, console:
                     progress.remove_task(job.bar)
                     done += 1
                     if status == 0:
-                        _results.write(folder, job.entry, name, 0 if job.resumed else peak)
+                        _results.write(folder, job.entry, name, None if job.resumed else peak)
                     else:
                         failed.append(job.entry)
                     word = "done" if status == 0 else f"[red]failed[/red], see {escape(str(_log(folder, job.entry)))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,25 @@ from perennial.storage import atomic
 from perennial.studies.base import Entry, without_place
 
 FORMAT = 1
+COSTS = (
+    "rollout_seconds",
+    "update_seconds",
+    "commit_seconds",
+    "train_env_steps",
+    "strategy_seconds",
+    "strategy_episodes",
+    "strategy_env_steps",
+    "evaluation_seconds",
+    "gate_seconds",
+    "evaluation_env_steps",
+    "peak_bytes",
+    "kept_bytes",
+)
+"""What a run costs. Strategies: before and after tasks; steps of evaluation: with those of the gate; peak: the largest
+resident set of one of its processes, known where it worked in one piece; kept: what is carried from the last task to a
+next one. Older versions did not measure all of it."""
+NOT_MEASURED = ("peak_bytes", 0)
+"""How older results say so of the peak."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +46,7 @@ class Result:
         row, seed: its place in the study's tables.
         matrices: (variant, decoder) -> the success matrix, in the order in which they were evaluated.
         training: for each phase the success of the training episodes by iteration, in [0, 1]; empty without episodes.
-        cost: `rollout_seconds`, `update_seconds`, `evaluation_seconds`, `gate_seconds`, `commit_seconds`;
-            `train_env_steps`, `evaluation_env_steps` (with those of the gate); `peak_bytes`, the largest resident set
-            of one of its processes, 0 where it was not measured in one piece; `kept_bytes`, what is carried from the
-            last task to a next one.
+        cost: those of `COSTS` that are known.
         content: the whole file.
     """
 
@@ -47,8 +63,8 @@ def path(folder: Path, entry: Entry) -> Path:
     return folder / "results" / f"{entry.name}.json"
 
 
-def write(folder: Path, entry: Entry, study: str, peak_bytes: int) -> None:
-    """Keep what the finished run of `entry` in the study's `folder` says."""
+def write(folder: Path, entry: Entry, study: str, peak_bytes: int | None) -> None:
+    """Keep what the finished run of `entry` in the study's `folder` says, and its peak where that is known."""
     run = folder / "runs" / entry.name
     record = read(run)
     content = {
@@ -61,7 +77,7 @@ def write(folder: Path, entry: Entry, study: str, peak_bytes: int) -> None:
         "perennial": record.run["perennial"],
         "environment": record.run["environment"],
         "config": without_place(record.config, folder),
-        "cost": _cost(record) | {"peak_bytes": peak_bytes, "kept_bytes": _kept_bytes(run)},
+        "cost": _cost(record) | ({"peak_bytes": peak_bytes} if peak_bytes else {}) | {"kept_bytes": _kept_bytes(run)},
         "training": [
             [round(success, 4) for _, success in record.success_curve(phase)] for phase in range(len(record.phases))
         ],
@@ -124,7 +140,7 @@ def load(place: Path) -> Result:
             seed=content["seed"],
             matrices={(m["variant"], m["decoder"]): _unpacked(m) for m in content["matrices"]},
             training=tuple(map(tuple, content["training"])),
-            cost=content["cost"],
+            cost={key: value for key, value in content["cost"].items() if (key, value) != NOT_MEASURED},
             content=content,
         )
     except (ValueError, KeyError, TypeError) as error:
@@ -148,12 +164,23 @@ def _cost(record: Record) -> dict[str, float]:
     seconds = {part: sum(line.get(part, 0.0) for line in record.timings) for part in parts}
     evaluations = [line for line in record.timings if line.get("event") == "evaluation"]
     gates = [line for line in record.timings if line.get("event") == "gate"]
+    strategies = [line for line in record.timings if line.get("event") == "strategy"]
+    hooks_logged = len(strategies) == 2 * len(record.phases)  # before and after, unless an older version ran a part
     return {
         **{part: round(value, 1) for part, value in seconds.items()},
         "evaluation_seconds": round(sum(line["seconds"] for line in evaluations), 1),
         "gate_seconds": round(sum(line["evaluation_seconds"] for line in gates), 1),
         "train_env_steps": sum(line["env_steps"] for line in record.iterations),
         "evaluation_env_steps": sum(line["env_steps"] for line in (*evaluations, *gates)),
+        **(_strategies_cost(strategies) if hooks_logged else {}),
+    }
+
+
+def _strategies_cost(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {
+        "strategy_seconds": round(sum(line["seconds"] for line in lines), 1),
+        "strategy_episodes": sum(line["episodes"] for line in lines),
+        "strategy_env_steps": sum(line["env_steps"] for line in lines),
     }
 
 

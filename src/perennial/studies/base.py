@@ -33,12 +33,14 @@ class Method:
         section: heading under which reports list it.
         orders: names of the orders of tasks in which it is run.
         published: metric -> number in percentage points that the study's source reports for it.
+        published_form: how what they did differs, where they belong to another form of the method.
     """
 
     overrides: Mapping[str, str] = field(default_factory=dict)
     section: str = "strategies"
     orders: tuple[str, ...] = (GIVEN,)
     published: Mapping[str, float] = field(default_factory=dict)
+    published_form: str = ""
 
 
 @dataclass(frozen=True)
