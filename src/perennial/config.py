@@ -19,7 +19,7 @@ from perennial.evaluation.evaluate import includes_held_out
 from perennial.evaluation.gate import Gate
 from perennial.learning.base import Objective
 from perennial.learning.grpo import GRPO
-from perennial.merging.groups import GROUPS
+from perennial.policies._groups import GROUPS
 from perennial.policies._placement import DType, check_placement
 from perennial.policies.base import Policy
 from perennial.policies.lora import LoRA

@@ -12,7 +12,7 @@ from perennial.cli import main
 from perennial.commands import Alpha
 from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
-from perennial.merging.groups import GROUPS
+from perennial.policies._groups import GROUPS
 from perennial.policies.base import Batch, Observation
 from perennial.randomness import stream
 from perennial.rollout.workers import WorkerConfig

@@ -21,8 +21,9 @@ from perennial.demonstrations.dataset import require_recorded
 from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, winner
 from perennial.evaluation.statistics import wilson
-from perennial.merging.groups import GROUPS, Coefficients, grid
+from perennial.merging.groups import Coefficients, grid
 from perennial.overrides import fractions
+from perennial.policies._groups import GROUPS
 from perennial.policies._placement import check_placement
 from perennial.reports import page, plots, words
 from perennial.reports.summary import percent

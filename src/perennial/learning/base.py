@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self, get_args
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perennial.errors import LearningError
 from perennial.learning.optimizer import AdamWConfig, set_learning_rate
+from perennial.policies._groups import Group
 from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import Key
 from perennial.rollout.trajectory import Episode, Trajectory
@@ -38,7 +39,7 @@ class Objective(ABC):
     may_be_zero: ClassVar[frozenset[str]] = frozenset()
     iterations: int = 12
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
-    learns: tuple[Literal["vision", "language", "action"], ...] = ("vision", "language", "action")
+    learns: tuple[Group, ...] = get_args(Group)
 
     def requires(self) -> frozenset[str]:
         """Names of optional policy methods that this objective calls."""

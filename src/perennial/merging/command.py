@@ -12,8 +12,8 @@ from perennial.errors import PerennialError
 from perennial.merging.adapter_export import merge_adapters
 from perennial.merging.adapters import is_adapter, learned
 from perennial.merging.checkpoints import merge_checkpoints
-from perennial.merging.groups import GROUPS
 from perennial.merging.state_dicts import require_fraction
+from perennial.policies._groups import GROUPS
 from perennial.storage.base_checkpoint import SCHEMES, checkpoint_folder
 
 if TYPE_CHECKING:

@@ -7,9 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from perennial.errors import unknown
 from perennial.merging.state_dicts import require_fraction
-
-GROUPS = ("vision", "language", "action")
-"""The groups of every policy's parameters."""
+from perennial.policies._groups import GROUPS
 
 Coefficients = tuple[float, float, float]
 """Weight of the fine-tuned weights in each of `GROUPS`."""

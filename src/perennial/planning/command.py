@@ -22,7 +22,8 @@ from perennial.planning.gpus import GPU, GPUS, RESERVED
 from perennial.planning.reading import option, read_anatomy, use_of
 from perennial.planning.work import work_of
 from perennial.policies import _anatomy
-from perennial.policies._anatomy import GROUPS, Anatomy
+from perennial.policies._anatomy import Anatomy
+from perennial.policies._groups import GROUPS
 from perennial.suites.base import Suite
 
 if TYPE_CHECKING:

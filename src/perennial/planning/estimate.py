@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from perennial.planning.gpus import GPU
 from perennial.policies import _activations, _anatomy
-from perennial.policies._anatomy import GROUPS, Anatomy, Learning
+from perennial.policies._anatomy import Anatomy, Learning
+from perennial.policies._groups import GROUPS
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MICRO_BATCH = "--recipe.*.optimizer.micro_batch"

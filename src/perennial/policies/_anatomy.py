@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-GROUPS = ("vision", "language", "action")
-"""Of parameters, in the order in which the gradient leaves them."""
+from perennial.policies._groups import GROUPS
 
 
 @dataclass(frozen=True)

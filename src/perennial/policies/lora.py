@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from perennial.errors import PerennialError, not_installed, unknown
 from perennial.policies._base_identity import SCHEME, identity, sample
+from perennial.policies._groups import GROUPS
 from perennial.policies._tensors import write_tensors
 from perennial.randomness import integer_seed
 
@@ -92,7 +93,7 @@ def base_name(name: str) -> str:
     return f"{module}.weight" if adapter else name
 
 
-def set_trainable(policy: Policy, groups: Collection[str] = ("vision", "language", "action")) -> None:
+def set_trainable(policy: Policy, groups: Collection[str] = GROUPS) -> None:
     """Let exactly the parameters of `groups` learn: the adapter's where there is one, the base's otherwise.
 
     Raises:

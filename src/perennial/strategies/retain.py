@@ -15,7 +15,8 @@ from torch import Tensor
 
 from perennial.errors import PerennialError
 from perennial.evaluation.race import Runner, race, winner
-from perennial.merging.groups import GROUPS, Coefficients, grid
+from perennial.merging.groups import Coefficients, grid
+from perennial.policies._groups import GROUPS
 from perennial.policies.base import Policy
 from perennial.strategies._weights import between, between_groups, prefixed, restore, snapshot, unprefixed
 from perennial.strategies.base import Collect, Strategy
