@@ -109,9 +109,9 @@ def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
     check_memory(config)
     chosen = config.policy
     policy = load_policy(chosen.name, checkpoint, chosen.device, chosen.dtype)
-    check_buffers(config.strategies, [suite.tasks[name] for name in config.tasks.trained], policy)
     if chosen.adapter is not None:
         add_adapter(policy, chosen.adapter, config.seed)
+    check_buffers(config.strategies, [suite.tasks[name] for name in config.tasks.trained], policy)
     if chosen.checkpointing:
         recompute_blocks(policy)
     if any("value" in stage.requires() for stage in config.recipe):

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from perennial import overrides
@@ -14,8 +15,12 @@ from perennial.learning.sft import SFT
 from perennial.planning import estimate
 from perennial.planning.check import check_buffers, check_memory, fit_micro_batches
 from perennial.planning.reading import read_anatomy, use_of
-from perennial.policies.lora import LoRA
+from perennial.policies.base import Batch, Observation
+from perennial.policies.lora import LoRA, add_adapter
 from perennial.rollout.workers import WorkerConfig
+from perennial.strategies._memory import row_bytes, to_tensors
+from perennial.strategies.dark_replay import DarkReplay
+from perennial.strategies.expansion import Expansion
 from perennial.strategies.l2 import L2
 from perennial.strategies.replay import Replay
 from perennial.testing.toy import ToyPolicy, ToySuite
@@ -110,13 +115,43 @@ def test_a_policy_of_which_nothing_is_known_gets_the_most():
     assert micro_batches(fit_micro_batches(config, room=0)) == [256]
 
 
-def test_a_buffer_larger_than_the_memory_is_refused():
+ROW = 3 * 8 * 8 + 4 * 9
+"""Bytes of a toy decision: an image, and four tokens of eight bytes with their masks."""
+LOGITS = 4 * 9 * 4
+
+
+def test_buffers_larger_than_the_memory_are_refused():
     policy, tasks = ToyPolicy(), [ToySuite.tasks["left"], ToySuite.tasks["up"]]
-    needed = 2 * 100 * 3 * 8 * 8  # tasks, decisions, and the numbers of an image
-    strategies = (L2(), Replay(capacity=100, episodes=1000))
-    check_buffers(strategies, tasks, policy, room=needed)
-    with pytest.raises(PerennialError, match=r"'replay' may keep 200 decisions of 2 tasks.* let it keep fewer"):
-        check_buffers(strategies, tasks, policy, room=needed - 1)
-    decisions = -(-tasks[0].horizon // policy.chunk_steps)
-    assert Replay(capacity=10**12, episodes=3).kept(tasks[0], policy) == 3 * decisions
-    assert Replay(capacity=10**12, demonstrations="somewhere").kept(tasks[0], policy) == 10**12
+    one, other = Replay(capacity=100, episodes=1000), DarkReplay(capacity=50, episodes=1000)
+    for strategies, needed in (
+        ([L2(), one], 2 * 100 * ROW),
+        ([other], 2 * 50 * (ROW + LOGITS)),
+        ([one, other], 2 * 100 * ROW + 2 * 50 * (ROW + LOGITS)),
+        ([Replay(capacity=10**12, episodes=3)], 2 * 3 * -(-tasks[0].horizon // policy.chunk_steps) * ROW),
+        ([Replay(capacity=7000, demonstrations="somewhere")], 2 * 7000 * ROW),
+    ):
+        check_buffers(strategies, tasks, policy, room=needed)
+        with pytest.raises(PerennialError, match=r"Of 2 tasks strategies may keep more .* on cpu: .*keep fewer"):
+            check_buffers(strategies, tasks, policy, room=needed - 1)
+
+
+def test_a_kept_decision_is_counted_as_it_is():
+    policy = ToyPolicy()
+    logits = np.zeros((5, 4, 9), np.float32)
+    images = np.zeros((5, 1, 8, 8, 3), np.uint8)
+    observation = Observation(images, ("go",) * 5, np.zeros((5, 0), np.float32))
+    batch = Batch(observation, np.zeros((5, 4), np.int64), np.ones((5, 4), bool), logits=logits)
+    tensors = {name: tensor for name, tensor in to_tensors(batch).items() if name != "instructions"}
+    assert sum(tensor.nbytes for tensor in tensors.values()) == 5 * row_bytes(policy, policy.bins)
+
+
+def test_an_expansion_keeps_what_learns_once_a_task():
+    policy, tasks = ToyPolicy(), [ToySuite.tasks["left"], ToySuite.tasks["up"]]
+    whole = 4 * sum(p.numel() for p in policy.model.parameters())
+    check_buffers([Expansion()], tasks, policy, room=2 * whole)
+    with pytest.raises(PerennialError, match=r"on cpu: 'expansion' .* or learn an adapter, not all weights"):
+        check_buffers([Expansion()], tasks, policy, room=2 * whole - 1)
+    add_adapter(policy, LoRA(1, 1), seed=0)
+    adapter = 4 * sum(p.numel() for p in policy.trainable().values())
+    assert adapter < whole
+    check_buffers([Expansion()], tasks, policy, room=2 * adapter)

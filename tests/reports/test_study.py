@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
         (run / "tasks" / "03-c" / "a.safetensors").write_bytes(bytes(1000 + entry.seed))
         for line in range({"joint": 6, "l2": 1}.get(entry.method, 0)):  # all of them, some, none
             with (run / "timings.jsonl").open("a") as log:
-                cost = {"seconds": 2.0, "episodes": line, "env_steps": 100 + entry.seed}
+                cost = {"hook": f"hook {line % 2}", "seconds": 2.0, "episodes": line, "env_steps": 100 + entry.seed}
                 log.write(json.dumps({"event": "strategy", **cost}) + "\n")
         _results.write(folder, entry, "toyhouse.study", peak_bytes=5 * 10**8)
         place = _results.path(folder, entry)  # the example's configuration is no toy run's

@@ -70,21 +70,26 @@ def check_memory(config: Config, room: float | None = None) -> None:
 def check_buffers(
     strategies: Sequence[Strategy], tasks: Sequence[Task], policy: Policy, room: float | None = None
 ) -> None:
-    """See that what each strategy keeps of `tasks` fits into `room` bytes, by default the memory that is free.
+    """See that all that the strategies keep of `tasks` fits into `room` bytes, by default what is free on its device.
 
-    Only the images of one camera are counted, which are most of it.
+    Of decisions only the images of one camera are counted, which are most of them, and the choices.
 
     Raises:
         PerennialError: it does not.
     """
-    room = _free("cpu") if room is None else room
+    needed: dict[torch.device, dict[str, int]] = {}
     for strategy in strategies:
-        decisions = sum(strategy.kept(task, policy) for task in tasks)
-        needed = decisions * 3 * policy.image_size**2
-        if needed > room:
+        for task in tasks:
+            for device, size in strategy.kept(task, policy).items():
+                shares = needed.setdefault(device, {})
+                shares[strategy.name] = shares.get(strategy.name, 0) + size
+    for device, shares in needed.items():
+        free = _free(str(device)) if room is None else room
+        if sum(shares.values()) > free:
+            parts = " and ".join(f"{name!r} {size / 1e9:.3g} GB" for name, size in shares.items())
             raise PerennialError(
-                f"{strategy.name!r} may keep {decisions} decisions of {len(tasks)} tasks, at least {needed / 1e9:.3g} "
-                f"GB of images, but {room / 1e9:.3g} GB are free; let it keep fewer."
+                f"Of {len(tasks)} tasks strategies may keep more than the {max(free, 0) / 1e9:.3g} GB that are free on "
+                f"{device}: {parts} at least; let them keep fewer decisions, or learn an adapter, not all weights."
             )
 
 

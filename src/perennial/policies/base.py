@@ -162,6 +162,7 @@ class Policy(ABC):
         chunk_steps: C, environment steps per decision.
         token_steps: int [K], the step within the chunk at which each token starts to act.
         image_size: side of the square images it wants, in pixels.
+        bins: that each token chooses among, where it has `logits`.
     """
 
     name: ClassVar[str]
@@ -172,6 +173,7 @@ class Policy(ABC):
     chunk_steps: int
     token_steps: np.ndarray
     image_size: int
+    bins: int = 0
 
     @abstractmethod
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:

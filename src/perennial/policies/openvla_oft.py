@@ -78,6 +78,7 @@ class OpenVLAOFT(Policy):
         self.chunk_steps = config.chunk * config.hold
         self.token_steps = np.repeat(np.arange(config.chunk) * config.hold, config.action_dim)
         self.image_size = config.camera_size or config.image_size
+        self.bins = config.action_bins
 
     @classmethod
     def create(cls, config: OpenVLAOFTConfig, tokenizer: Tokenizer, seed: int) -> Self:

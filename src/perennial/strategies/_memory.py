@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perennial.policies.base import Batch, Observation, concatenate
+from perennial.policies.base import Batch, Observation, Policy, concatenate
 
 
 def draw(memories: Sequence[Batch], rng: np.random.Generator, size: int) -> Batch:
@@ -21,6 +21,11 @@ def draw(memories: Sequence[Batch], rng: np.random.Generator, size: int) -> Batc
         parts.append(memory.take(rows[(rows >= first) & (rows < first + len(memory))] - first))
         first += len(memory)
     return concatenate(parts)
+
+
+def row_bytes(policy: Policy, bins: int) -> int:
+    """Bytes of a kept decision at least: the picture of one camera; each token, its mask and its logits of `bins`."""
+    return 3 * policy.image_size**2 + len(policy.token_steps) * (8 + 1 + 4 * bins)
 
 
 def to_tensors(batch: Batch) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from perennial.policies.base import Batch, Outputs, Policy
@@ -76,9 +77,9 @@ class Strategy:
         apart = type(self).policy_for is not Strategy.policy_for
         return "it gives tasks weights of their own" if apart else None
 
-    def kept(self, task: Task, policy: Policy) -> int:
-        """Decisions of `task` that it keeps in memory at most."""
-        return 0
+    def kept(self, task: Task, policy: Policy) -> Mapping[torch.device, int]:
+        """Bytes that it keeps of `task`, by device: no less than this where it keeps all that it may."""
+        return {}
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """Called once before the first stage of `task`."""

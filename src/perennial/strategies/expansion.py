@@ -36,6 +36,10 @@ class Expansion(Strategy):
     instructions: dict[str, str] = field(init=False, repr=False, default_factory=dict)
     learning: str | None = field(init=False, repr=False, default=None)
 
+    def kept(self, task: Task, policy: Policy) -> dict[torch.device, int]:
+        """What learns."""
+        return {policy.device: sum(p.numel() * p.element_size() for p in policy.trainable().values())}
+
     def before_task(self, task: Task, policy: Policy) -> None:
         """Start from the base."""
         self.base = self.base or snapshot(policy)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from perennial.demonstrations import dataset
@@ -17,7 +18,7 @@ from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Outputs, Policy
 from perennial.randomness import stream
 from perennial.rollout import trajectory
-from perennial.strategies._memory import draw, from_tensors, to_tensors
+from perennial.strategies._memory import draw, from_tensors, row_bytes, to_tensors
 from perennial.strategies._weights import nested, prefixed
 from perennial.strategies.base import Collect, Strategy
 from perennial.suites.base import Task
@@ -68,10 +69,11 @@ class Replay(Strategy):
         """The same strategy, with the folder of demonstrations as an absolute path."""
         return replace(self, demonstrations=absolute(self.demonstrations))
 
-    def kept(self, task: Task, policy: Policy) -> int:
-        """`capacity`, or as many decisions as the episodes can have."""
+    def kept(self, task: Task, policy: Policy) -> dict[torch.device, int]:
+        """`capacity` decisions, or as many as the episodes can have."""
         played = self.episodes * math.ceil(task.horizon / policy.chunk_steps)
-        return self.capacity if self.demonstrations else min(self.capacity, played)
+        decisions = self.capacity if self.demonstrations else min(self.capacity, played)
+        return {torch.device("cpu"): decisions * row_bytes(policy, policy.bins if "logits" in self.requires() else 0)}
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """For `ut2026` keep the first demonstration of every task, once."""

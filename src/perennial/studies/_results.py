@@ -165,14 +165,15 @@ def _cost(record: Record) -> dict[str, float]:
     evaluations = [line for line in record.timings if line.get("event") == "evaluation"]
     gates = [line for line in record.timings if line.get("event") == "gate"]
     strategies = [line for line in record.timings if line.get("event") == "strategy"]
-    hooks_logged = len(strategies) == 2 * len(record.phases)  # before and after, unless an older version ran a part
+    hooks = {line["hook"] for line in strategies}
+    whole = len(strategies) == len(hooks) * len(record.phases) > 0  # unless an older version made the run, or a part
     return {
         **{part: round(value, 1) for part, value in seconds.items()},
         "evaluation_seconds": round(sum(line["seconds"] for line in evaluations), 1),
         "gate_seconds": round(sum(line["evaluation_seconds"] for line in gates), 1),
         "train_env_steps": sum(line["env_steps"] for line in record.iterations),
         "evaluation_env_steps": sum(line["env_steps"] for line in (*evaluations, *gates)),
-        **(_strategies_cost(strategies) if hooks_logged else {}),
+        **(_strategies_cost(strategies) if whole else {}),
     }
 
 

@@ -77,6 +77,8 @@ def logits_give_log_prob_and_imitation_loss(subject: Subject) -> None:
     with torch.no_grad():
         logits, losses, outputs = policy.logits(batch), policy.imitation_loss(batch), policy.outputs(batch)
         together = outputs.log_prob, outputs.imitation_loss, outputs.logits
+    shape = (len(batch), len(policy.token_steps), policy.bins)
+    assert logits.shape == shape, f"logits are {tuple(logits.shape)}, but by `token_steps` and `bins` {shape}"
     chosen, executed = torch.from_numpy(batch.sample)[..., None], torch.from_numpy(mask)
     log_prob = (logits / 1.6).log_softmax(-1).gather(-1, chosen).squeeze(-1)
     np.testing.assert_allclose(_log_prob(policy, batch), log_prob, atol=subject.tolerance)

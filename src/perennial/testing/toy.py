@@ -178,6 +178,7 @@ class ToyPolicy(Policy):
     image_size = 8
     words = 64
     centres = np.linspace(-1, 1, 9, dtype=np.float32)
+    bins = len(centres)
 
     def __init__(self, seed: int = 0, hidden: int = 32) -> None:
         self.hidden = hidden
