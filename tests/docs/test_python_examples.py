@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from perennial.demonstrations.dataset import to_batch
+
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -47,6 +49,15 @@ def test_the_run_is_what_its_settings_say(after):
 def test_forgetting_is_counted_by_hand(after):
     """Right after its turn `pick` was solved three times, in the end twice, of four."""
     assert after["forgotten"].value == pytest.approx(0.25)
+
+
+def test_the_recording_is_read_as_it_was_written(after):
+    read, task = after["demonstration"], after["task"]
+    assert (read.task, read.instruction) == (task.name, task.instructions[0])
+    np.testing.assert_array_equal(read.image_steps, [0, 4, 8])
+    batch = to_batch([read], after["policy"])
+    assert len(batch) == 3
+    assert batch.mask.shape[1] == len(after["policy"].token_steps)
 
 
 def test_the_merges_lie_between_base_and_finetuned(after):

@@ -14,7 +14,7 @@ def includes_held_out(variant: str, variants: Sequence[str], where: str) -> bool
 
 
 def evaluation_episodes(task: Task, variant: str, count: int, temperature: float) -> list[Episode]:
-    """Evaluation initial states 0 .. `count` - 1 of `task`, told in the words that are never trained on.
+    """Evaluation initial states 0 .. `count` - 1 of `task`, told in its words of evaluation.
 
     The random stream of an episode is named by its task and initial state alone, so every policy that is evaluated
     meets the same draws, which makes differences between policies sharper.

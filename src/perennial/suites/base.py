@@ -13,7 +13,7 @@ import numpy as np
 from perennial.errors import PerennialError, unknown
 
 Split = Literal["demonstration", "training", "evaluation"]
-"""Initial states of different splits never coincide."""
+"""Initial states of different splits never coincide, unless a suite follows a paper that shares them and says so."""
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 
@@ -23,8 +23,8 @@ class Task:
 
     Attributes:
         name: unique within the suite.
-        instructions: paraphrases used for demonstrations and training, at least two.
-        evaluation_instruction: a paraphrase that is never trained on.
+        instructions: paraphrases used for demonstrations and training.
+        evaluation_instruction: a paraphrase that is never trained on, unless a paper that the suite follows has one.
         horizon: environment steps after which an episode is truncated.
     """
 
