@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from perennial.errors import PerennialError
 from perennial.randomness import stream
-from perennial.strategies._weights import average_factors
+from perennial.strategies._weights import average_factors, between, looking_through, snapshot
+from perennial.strategies.l2 import L2
 from perennial.strategies.merge import Merge
 from strategies.worlds import TASKS, no_episodes, policy, shake
 
@@ -71,11 +74,54 @@ def test_parameter_groups_can_differ(adapter):
 def test_no_direction_of_the_adapter_dies():
     rng = stream(0, "factors")
     b, a = (torch.from_numpy(rng.normal(0, 1, shape)).float() for shape in ((10, 4), (4, 8)))
-    up, down = average_factors((torch.zeros(10, 4), a), (torch.zeros(10, 4), a), alpha=0.5)
-    assert torch.equal(up, torch.zeros(10, 4))
-    assert float(down.norm(dim=1).min()) == pytest.approx(float(a.norm()) / 2, rel=1e-5)
-    up, down = average_factors((torch.zeros(10, 4), a), (b, a), alpha=0.5)
-    torch.testing.assert_close(up @ down, 0.5 * b @ a, rtol=1e-4, atol=1e-5)
+    for old, new in ((torch.zeros(10, 4), torch.zeros(10, 4)), (torch.zeros(10, 4), b), (b, -b)):
+        up, down = average_factors((old, a), (new, a), alpha=0.5)
+        torch.testing.assert_close(up, (old + new) / 2)
+        torch.testing.assert_close(down, a)
+    up, down = average_factors((b, a), (b, -a), alpha=0.3)
+    torch.testing.assert_close(up @ down, 0.4 * b @ a, rtol=1e-4, atol=1e-5)
+    assert torch.linalg.svdvals(down)[-1] >= 0.5 * torch.linalg.svdvals(0.4 * a)[-1]
+
+
+SIZES = st.integers(1, 9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(out=SIZES, rank=SIZES, into=SIZES, alpha=st.floats(1e-3, 1 - 1e-3), step=st.sampled_from([0.02, 1.0]))
+def test_factors_have_the_nearest_product_and_stay_by_those_that_were_averaged(out, rank, into, alpha, step):
+    rng = stream(2, "factors", out, rank, into)
+    shapes = (out, rank), (rank, into)
+    old = tuple(torch.from_numpy(rng.normal(0, 1, shape)).float() for shape in shapes)
+    new = tuple(f + step * torch.from_numpy(rng.normal(0, 1, f.shape)).float() for f in old)
+    up, down = average_factors(old, new, alpha)
+    products = [(b.double() @ a.double()).numpy() for b, a in (old, new, (up, down))]
+    average = (1 - alpha) * products[0] + alpha * products[1]
+    u, s, v = np.linalg.svd(average)
+    nearest = (u[:, : len(s)] * s)[:, :rank] @ v[: len(s)][:rank]
+    size = max(float(b.norm() * a.norm()) for b, a in (old, new, (up, down)))
+    np.testing.assert_allclose(products[2], nearest, rtol=0, atol=2e-6 * size)
+    middle = torch.lerp(old[1], new[1], alpha)
+    assert float(torch.linalg.svdvals(down)[-1]) >= 0.499 * float(torch.linalg.svdvals(middle)[-1]) - 1e-5
+    # At the ends they become the factors themselves, and on the way there is no jump.
+    for end, near in ((old, 1e-6), (new, 1 - 1e-6)):
+        for factor, found in zip(end, average_factors(old, new, near), strict=True):
+            torch.testing.assert_close(found, factor, rtol=0, atol=1e-2 * step)
+
+
+def test_what_was_measured_at_factors_stays_valid_after_a_merge():
+    learner, l2 = policy(adapter=True), L2(coefficient=2.0, anchor="base")
+    l2.before_task(TASKS["left"], learner)
+    shake(learner, seed=1)
+    before = snapshot(learner)
+    shake(learner, seed=2)
+    far = float(l2.penalty(learner).detach())
+    for alpha in (0.25, 0.5, 0.75, 1 - 1e-6):
+        merged = between(before, snapshot(learner), lambda _, alpha=alpha: alpha)
+        with looking_through(learner, merged):
+            assert float(l2.penalty(learner).detach()) < 1.2 * far
+    assert float(l2.penalty(learner).detach()) == far
+    with looking_through(learner, merged):
+        assert float(l2.penalty(learner).detach()) == pytest.approx(far, rel=1e-3)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 8), (8, 1), (2, 2), (9, 7)])

@@ -12,6 +12,11 @@ from perennial.merging.groups import Coefficients, by_name
 from perennial.policies.base import Policy
 from perennial.policies.lora import base_name
 
+ROUNDING = 1e-6
+"""Of singular values of float32 factors, relative to the largest: what is smaller is not told from 0."""
+
+TINY = torch.finfo(torch.float64).tiny
+
 
 def snapshot(policy: Policy) -> dict[str, Tensor]:
     """Detached copies of the trainable parameters: with an adapter, only the adapter."""
@@ -71,22 +76,28 @@ def between_groups(
 def average_factors(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], alpha: float) -> tuple[Tensor, Tensor]:
     """B [out, r] and A [r, in] whose product is nearest to (1 - alpha) B_old A_old + alpha B_new A_new.
 
-    Nearest in the Frobenius norm, by the singular values of the small core between two QR decompositions. The rows of
-    A keep the size that those of the new A have on average, so that directions which B leaves empty can still learn.
+    Nearest in the Frobenius norm, by the singular values of the small core between two QR decompositions. Of all
+    factors with this product it gives those that lie by the averages of the given ones, which need not have it: what
+    was measured or anchored entry by entry stays valid, and factors change as little as `alpha` does. A is the average
+    where that spans the rows of the product, and is otherwise turned into them; no direction of it shrinks below half.
     """
     (b_old, a_old), (b_new, a_new) = old, new
     if alpha in (0, 1):
         return new if alpha else old
-    rank = len(a_new)
     b, core_b = torch.linalg.qr(torch.cat([(1 - alpha) * b_old, alpha * b_new], dim=1).double())
     a, core_a = torch.linalg.qr(torch.cat([a_old, a_new]).double().T)
-    u, singular, v = torch.linalg.svd(core_b @ core_a.T, full_matrices=False)
-    size = a_new.double().norm() / rank**0.5
-    up, down = torch.zeros_like(b_new), torch.zeros_like(a_new)
-    kept = min(rank, len(singular))
-    up[:, :kept] = (b @ u[:, :kept] * singular[:kept] / size).to(up.dtype)
-    down[:kept] = (v[:kept] @ a.T * size).to(down.dtype)
-    return up, down
+    core, up = core_b @ core_a.T, torch.lerp(b_old.double(), b_new.double(), alpha)
+    down = torch.lerp(a_old.double(), a_new.double(), alpha) @ a
+    # The rows of the product are those of its largest singular values; where it has none, those of the average.
+    full = (core_b.norm() * core_a.norm()).clamp(min=TINY)
+    faint = ROUNDING * down / down.norm().clamp(min=TINY)
+    rows = torch.linalg.svd(torch.cat([core / full, faint]), full_matrices=False)[2][: len(a_new)]
+    left, sizes, right = torch.linalg.svd(down @ rows.T, full_matrices=False)
+    least = torch.linalg.svdvals(down)[: len(sizes)] / 2
+    sizes = sizes.maximum(least).clamp(min=max(ROUNDING * float(core_a.norm()), TINY))
+    rows = right @ rows
+    empty = up - up @ left @ left.T  # columns of B that meet only zeros
+    return (b @ core @ (rows.T / sizes) @ left.T + empty).to(b_new), (left * sizes @ rows @ a.T).to(a_new)
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
