@@ -79,7 +79,7 @@ def measure(config: Config, repeats: int) -> tuple[dict[str, float], int]:
     }
     for strategy in guarded.values():
         strategy.before_task(first, policy)
-        strategy.after_task(first, policy, lambda count: kept[:count])
+        strategy.remember(first, policy, lambda count: kept[:count])
         strategy.before_task(second, policy)
 
     batch, _ = weighted_batch(policy, played[second.name])

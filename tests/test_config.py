@@ -6,10 +6,17 @@ import pytest
 
 from perennial import config as module
 from perennial import discovery, overrides
-from perennial.config import Config, Tasks, preset, validate
+from perennial.config import Config, Tasks, preset, validate, validate_settings
 from perennial.errors import PerennialError
 from perennial.learning.grpo import GRPO
 from perennial.policies.base import Policy
+from perennial.strategies.dark_replay import DarkReplay
+from perennial.strategies.ema import EMA
+from perennial.strategies.ewc import EWC
+from perennial.strategies.kl_anchor import KLAnchor
+from perennial.strategies.l2 import L2
+from perennial.strategies.replay import Replay
+from perennial.strategies.slca import SLCA
 from perennial.testing.toy import ToyPolicy
 from toyhouse.needy import Needy
 from toyhouse.runs import toy_config
@@ -42,6 +49,26 @@ def test_a_sound_configuration_comes_back_as_it_is(config):
         ({"schedule": "joint", "strategies": "l2,merge"}, r"'merge' cannot guard tasks .* it would merge again for"),
         ({"schedule": "joint", "strategies": "retain"}, r"'retain' cannot guard tasks that are learned all at once"),
         ({"schedule": "joint", "strategies": "expansion"}, r"'expansion' cannot .*; leave it out, or set --schedule s"),
+        (
+            {"schedule": "joint", "strategies": "ewc"},
+            r"'ewc' .*, of which there are none without ewc\.pretraining; leave",
+        ),
+        (
+            {"schedule": "joint", "strategies": "replay"},
+            r"'replay' cannot guard .* earlier tasks, of which there are non",
+        ),
+        (
+            {"schedule": "joint", "strategies": "dark_replay", "strategies.dark_replay.variant": "ut2026"},
+            r"'dark_replay' cannot guard .* replays earlier tasks",
+        ),
+        (
+            {"strategies": "merge,ema"},
+            r"^'ema' cannot guard .*, as it would replace what 'merge' makes of a task; list",
+        ),
+        (
+            {"strategies": "ewc,expansion"},
+            r"^'ewc' cannot .*'expansion' begins every task at the base, .* leave one of",
+        ),
         ({"strategies": "ewc,l2,ewc"}, r"--strategies is 'ewc,l2,ewc', but each of them may be chosen once"),
         ({"policy.adapter.rank_by_group": "visoin=4"}, r"rank-by-group 'visoin'\. Did you mean vision"),
         ({"seed": "-1"}, r"--seed is -1, but it must be 0 or more"),
@@ -123,6 +150,13 @@ def test_one_number_switches_the_gate_on(config):
     assert overrides.from_json(Config, module.to_json(gated)) == gated
     assert validate(overrides.apply(gated, {"schedule": "joint"})).gate.held_out == 2  # which guards one that there is
     assert validate(overrides.apply(gated, {"strategies": "retain"})).strategies[0].chain == "running"
+
+
+def test_joint_learning_is_guarded_by_what_is_there_from_the_start(config):
+    joint = overrides.apply(config, {"schedule": "joint"})
+    shown = {"demonstrations": "shown", "variant": "ut2026"}
+    for strategy in (L2(), KLAnchor(), EMA(), SLCA(), EWC(pretraining="shown"), Replay(**shown), DarkReplay(**shown)):
+        validate_settings(replace(joint, strategies=(strategy,)))
 
 
 def test_a_strategy_that_the_policy_cannot_serve_is_refused(config, monkeypatch):

@@ -124,6 +124,15 @@ def test_what_is_no_dotted_name_is_an_unknown_name(name):
         discovery.load("presets", name)
 
 
+def test_a_strategy_without_a_name_is_refused_when_it_is_written():
+    with pytest.raises(
+        PerennialError, match=r'^The strategy .*Nameless has no name; add name: ClassVar\[str\] = "\.\.\."'
+    ):
+
+        class Nameless(Strategy):
+            pass
+
+
 def test_a_preset_and_a_study_are_values_of_their_modules():
     with pytest.raises(PerennialError, match=r"'perennial\.errors' is no preset, as it has no CONFIG of type Config"):
         preset("perennial.errors")

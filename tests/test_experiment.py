@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,7 +157,7 @@ def test_metrics_tell_every_iteration_and_timings_every_wait(run):
         assert {"success", "env_steps", "loss", "kl", "clip_fraction", "grad_norm", "kept", "penalty"} <= set(row)
         assert "seconds" not in "".join(row)
     timings = lines(run / "timings.jsonl")
-    learning = ["strategy", "iteration", "iteration", "strategy"]
+    learning = ["strategy", "iteration", "iteration", "strategy", "strategy"]
     assert [row["event"] for row in timings] == (["evaluation"] * 6 + learning) * 2 + ["evaluation"] * 6
 
 
@@ -175,12 +177,14 @@ def test_what_strategies_play_is_counted_once_however_often_the_run_stops(config
     assert [(row["task_index"], row["hook"], row["episodes"]) for row in told] == [
         (1, "before_task", 0),
         (1, "after_task", 5),
+        (1, "remember", 0),
         (2, "before_task", 0),
         (2, "after_task", 5),
+        (2, "remember", 0),
     ]
     steps = [sum(int(t.steps.sum()) for t in trajectories) for trajectories in played]
     assert len(steps) == 3
-    assert [row["env_steps"] for row in told] == [0, steps[1], 0, steps[2]]
+    assert [row["env_steps"] for row in told] == [0, steps[1], 0, 0, steps[2], 0]
     assert all(row["seconds"] >= 0 for row in told)
 
 
@@ -260,9 +264,10 @@ def test_a_resumed_run_has_the_threads_that_it_began_with(config, tmp_path, monk
     torch.set_num_threads(1)
     monkeypatch.setattr("perennial.machine.cores", lambda: 2)
     monkeypatch.setattr(GRPO, "update", counted(GRPO.update))
-    monkeypatch.setattr(Strategies, "after_task", counted(Strategies.after_task))
+    for hook in ("after_task", "remember"):
+        monkeypatch.setattr(Strategies, hook, counted(getattr(Strategies, hook)))
     experiment.resume(tmp_path / "run")
-    assert seen == [3] * 4  # the end of a task, with no iteration left to learn, two iterations, and an end
+    assert seen == [3] * 6  # the end of a task, with no iteration left to learn, two iterations, and an end
 
 
 def test_a_run_that_does_not_know_its_threads_has_one_for_each_core(run, tmp_path, monkeypatch, no_report):
@@ -277,6 +282,31 @@ def test_a_run_that_does_not_know_its_threads_has_one_for_each_core(run, tmp_pat
     with pytest.raises(ZeroDivisionError):
         experiment.resume(begun)
     assert seen == [2]
+
+
+class Stage:
+    """Workers that play nothing and keep what they were asked for."""
+
+    def follow(self, policy):
+        self.followed = policy
+
+    def collect(self, episodes):
+        self.episodes = episodes
+        return []
+
+
+def test_what_a_strategy_plays_are_training_states_in_training_words(config):
+    sampled = replace(config, evaluation=replace(config.evaluation, temperature=1.3))
+    session = SimpleNamespace(workers=Stage(), suite=ToySuite(), config=sampled, policy=object())
+    learned = ToySuite.tasks["right"]
+    for asked, task, variant, first in (((), "right", "id", 0), (("left", "ood_val", 5), "left", "ood_val", 5)):
+        experiment._collect(session, 1, Counter(), learned, 3, *asked)
+        assert session.workers.followed is session.policy
+        played = session.workers.episodes
+        assert {(e.task, e.split, e.variant, e.temperature) for e in played} == {(task, "training", variant, 1.3)}
+        assert [e.initial_state for e in played] == list(range(first, first + 3))
+        assert {e.instruction for e in played} == set(ToySuite.tasks[task].instructions)
+        assert len({e.key for e in played}) == 3
 
 
 def test_a_run_that_could_not_begin_leaves_its_folder_free(config, tmp_path):

@@ -18,7 +18,8 @@ from perennial.policies.lora import LoRA, add_adapter
 from perennial.reports import page, summary
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
-from perennial.strategies._weights import between
+from perennial.strategies._weights import between, snapshot
+from perennial.strategies.composition import Strategies
 from perennial.testing.toy import STEP, ToyPolicy, ToySuite
 from toyhouse.harmful import Harmful
 from toyhouse.runs import essence, toy_config
@@ -71,8 +72,15 @@ def successes(run, row, task):
 
 
 @pytest.mark.parametrize("adapter", [LoRA(4, 4), None])
-def test_an_update_that_destroys_is_undone_to_the_bit(able, tmp_path, capsys, adapter):
-    harmed = config(able, strategies=(Harmful(strength=30.0),))
+def test_an_update_that_destroys_is_undone_to_the_bit(able, tmp_path, capsys, monkeypatch, adapter):
+    remembered, threads = [], []
+
+    def remember(self, task, policy, collect):
+        remembered.append(snapshot(policy))
+        threads.append(torch.get_num_threads())
+
+    monkeypatch.setattr(Strategies, "remember", remember)
+    harmed = config(able, strategies=(Harmful(strength=30.0),), threads=2)
     harmed = replace(harmed, policy=replace(harmed.policy, adapter=adapter))
     run = experiment.start(harmed, "toy", tmp_path / "gated")
     first, second = gates(run)
@@ -82,6 +90,9 @@ def test_an_update_that_destroys_is_undone_to_the_bit(able, tmp_path, capsys, ad
     file = "model.safetensors" if adapter is None else "adapter/adapter_model.safetensors"
     before, after = (load_file(run / "tasks" / name / file) for name in ("01-left", "02-right"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+    # Strategies remember what is carried on, nothing of what was turned down, with the threads that learn.
+    assert threads == [2, 2]
+    assert all(torch.equal(remembered[0][name], remembered[1][name]) for name in remembered[0])
     assert successes(run, 2, "left") == successes(run, 1, "left")
     assert "Gate after right: rolled the update back" in capsys.readouterr().out.replace("\n", " ")
     open_gate = experiment.start(replace(harmed, gate=Gate()), "toy", tmp_path / "open")

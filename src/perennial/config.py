@@ -234,6 +234,9 @@ def _check_strategies(config: Config, policy: type[Policy]) -> None:
                 f"{strategy.name!r} cannot guard tasks that are learned all at once, as {why}; leave it out, or set "
                 "--schedule sequential."
             )
+    for number, strategy in enumerate(config.strategies):
+        if (why := strategy.unfit(config.strategies[:number], config.strategies[number + 1 :])) is not None:
+            raise PerennialError(f"{strategy.name!r} cannot guard tasks beside the other strategies, as {why}.")
     for hook, what in (("parameter_groups", "set learning rates"), ("policy_for", "choose the weights that act")):
         owners = [part.name for part in config.strategies if getattr(type(part), hook) is not getattr(Strategy, hook)]
         if len(owners) > 1:

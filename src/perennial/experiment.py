@@ -119,6 +119,10 @@ def _learn_phase(session: Session, phase: int) -> None:
                 place = {"task": task.name, "task_index": phase + 1, "strategy": strategy}
                 session.folder.log("metrics", {"event": "strategy", **place, **account})
     gating.pass_gate(session, phase)
+    torch.set_num_threads(config.threads)  # the gate plays with one
+    with _cost(session, phase, "remember") as cost:
+        for task in tasks:
+            session.strategies.remember(task, session.policy, functools.partial(_collect, session, phase, cost, task))
     session.folder.save_task(phase + 1, label(names), session.write_learned)
     session.commit(Cursor(phase + 1))
 

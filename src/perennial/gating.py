@@ -1,4 +1,4 @@
-"""Where the gate stands in a run: after the strategies' `after_task`, before the task is saved and evaluated."""
+"""Where the gate stands in a run: between the strategies' `after_task` and `remember`, before the task is saved."""
 
 from __future__ import annotations
 

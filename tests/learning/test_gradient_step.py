@@ -24,6 +24,7 @@ TASKS = ToySuite.tasks
 class Anchor(Strategy):
     """A penalty on the weights and a loss that is a mean over the rows; notes how often it was asked for the first."""
 
+    name = "anchor"
     asked = 0
 
     def penalty(self, policy):
@@ -36,6 +37,8 @@ class Anchor(Strategy):
 
 class Rehearsal(Strategy):
     """Replays the first rows of a batch and notes how many it was asked for, and how many at a time."""
+
+    name = "rehearsal"
 
     def __init__(self, memory):
         self.memory, self.asked, self.passes = memory, [], []
@@ -121,7 +124,7 @@ def test_what_is_replayed_is_passed_in_micro_batches_too(precise, weighted):
 @pytest.mark.parametrize("kept", [Replay(coefficient=0.3), DarkReplay(coefficient=0.3, label_coefficient=0.7)])
 def test_replay_in_micro_batches_adds_up_to_the_whole(precise, weighted, played, kept):
     kept = replace(kept, capacity=11)
-    kept.after_task(TASKS["left"], precise, lambda count: [t for t in played if t.success])
+    kept.remember(TASKS["left"], precise, lambda count: [t for t in played if t.success])
     with torch.no_grad():
         precise.model.head.weight.mul_(1.3)
     assert len(set(kept.memories["left"].mask.sum(1))) == 2, "rows of equal weight would show nothing"
@@ -166,6 +169,8 @@ def infinite_gradient(outputs):
 
 
 class Spoilt(Strategy):
+    name = "spoilt"
+
     def penalty(self, policy):
         return policy.trainable()["head.bias"].sum() * float("inf")
 

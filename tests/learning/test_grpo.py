@@ -1,5 +1,6 @@
 """GRPO against a second implementation in NumPy, written from the formulas of arXiv 2603.11653."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,8 @@ from perennial.policies.base import Batch, Observation
 from perennial.rollout.trajectory import to_batch
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
 from perennial.strategies.composition import Strategies
+from perennial.strategies.ewc import EWC
+from perennial.strategies.kl_anchor import KLAnchor
 from perennial.testing.toy import ToyPolicy, ToySuite
 
 FREE = AdamWConfig(learning_rate=0.0, warmup_steps=0, max_grad_norm=float("inf"))
@@ -154,6 +157,43 @@ def test_dropping_masked_steps_and_equal_groups_leaves_the_gradient_as_it_is(pre
     # The saving is real: only the decisions of the four groups with unequal returns were looked at.
     informative = sum(len(t.steps) for t in played if t.episode.group >= 2)
     assert metrics["kept"] == informative / sum(len(t.steps) for t in played)
+
+
+def kl_of(policy, batch, taught):
+    """Mean over executed tokens of the divergence of `policy` from the log-probabilities `taught`."""
+    student = policy.logits(batch).log_softmax(-1)
+    return (taught.exp() * (taught - student)).sum(-1)[torch.from_numpy(batch.mask)].mean()
+
+
+def test_a_strategy_that_looks_at_states_sees_those_of_groups_that_ended_alike(precise, played):
+    kl = KLAnchor(coefficient=0.5)
+    kl.before_task(ToySuite.tasks["left"], precise)
+    teacher = copy.deepcopy(precise.model)
+    disturb(precise, 0.1)
+    objective = GRPO(epochs=1, minibatches=1, optimizer=FREE)
+    plain, (without,) = update(objective, precise, played)
+    metrics, (gradient,) = update(objective, precise, played, Strategies((kl,)))
+    batch = to_batch(played, precise.token_steps)
+    precise.model, own = teacher, precise.model
+    with torch.no_grad():
+        taught = precise.logits(batch).log_softmax(-1)
+    precise.model = own
+    divergence = kl_of(precise, batch, taught)
+    loss, full = full_batch_gradient(precise, played, objective.clip_low, objective.clip_high)
+    expected = full + 0.5 * flat_gradient(divergence, precise)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-7 * np.abs(expected).max())
+    assert metrics["loss"] == pytest.approx(loss, rel=1e-6, abs=1e-8)
+    assert metrics["penalty"] == pytest.approx(0.5 * float(divergence.detach()), rel=1e-6)
+    assert metrics["kept"] == plain["kept"] < 1
+    assert np.abs(gradient - without).max() > 1e-3
+    # Where no group has anything to say, it still acts.
+    alike = [replace(t, success=True) for t in played]
+    metrics, (gradient,) = update(objective, precise, alike, Strategies((kl,)))
+    expected = 0.5 * flat_gradient(kl_of(precise, batch, taught), precise)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-6, atol=1e-9)
+    assert metrics["kept"] == 0
+    idle = KLAnchor(coefficient=0.0)
+    assert update(objective, precise, alike, Strategies((idle, EWC(variant="ut2026"))))[1] == []
 
 
 @pytest.mark.parametrize("minibatches", [2, 4, 7])

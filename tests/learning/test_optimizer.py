@@ -14,6 +14,8 @@ from perennial.testing.toy import ToyPolicy
 class ByName(Strategy):
     """The head learns ten times slower."""
 
+    name = "by_name"
+
     def parameter_groups(self, policy):
         own = policy.trainable()
         head = {name: p for name, p in own.items() if name.startswith("head.")}
@@ -22,6 +24,8 @@ class ByName(Strategy):
 
 
 class Forgetful(Strategy):
+    name = "forgetful"
+
     def parameter_groups(self, policy):
         return [ParameterGroup({"head.bias": policy.trainable()["head.bias"]})]
 

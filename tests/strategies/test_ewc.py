@@ -72,7 +72,7 @@ def test_fisher_is_the_mean_squared_score_of_each_decision():
 def test_fisher_of_own_rollouts_nears_its_closed_form():
     x, learner = states(3000), SoftmaxRegression(WEIGHT)
     ewc = EWC(samples=3000)
-    ewc.after_task(TASKS["left"], learner, lambda count: episodes(learner, x))
+    ewc.remember(TASKS["left"], learner, lambda count: episodes(learner, x))
     p = probabilities(x)
     closed = ((p * (1 - p))[:, :, None] * x[:, None, :] ** 2).mean(0)
     np.testing.assert_allclose(ewc.fisher["weight"].numpy(), closed, rtol=0.1)
@@ -92,7 +92,7 @@ def test_descent_ends_where_old_and_new_task_balance():
     """min 1/2 sum H (w - b)^2 + c/2 sum F (w - w*)^2 lies at (H b + c F w*) / (H + c F)."""
     learner, x, c = SoftmaxRegression(WEIGHT), states(64), 3.0
     ewc = EWC(coefficient=c)
-    ewc.after_task(TASKS["left"], learner, lambda count: episodes(learner, x))
+    ewc.remember(TASKS["left"], learner, lambda count: episodes(learner, x))
     ewc.before_task(TASKS["up"], learner)
     fisher, old = ewc.fisher["weight"], torch.tensor(WEIGHT)
     curvature = torch.tensor([[1.0, 2.0], [0.5, 1.0], [3.0, 0.2]])
@@ -113,11 +113,11 @@ def test_the_fisher_of_older_tasks_decays():
     alone = []
     for part in parts:
         ewc = EWC()
-        ewc.after_task(TASKS["left"], learner, lambda count, part=part: episodes(learner, part))
+        ewc.remember(TASKS["left"], learner, lambda count, part=part: episodes(learner, part))
         alone.append(ewc.fisher["weight"])
     online = EWC(decay=0.25)
     for part in parts:
-        online.after_task(TASKS["left"], learner, lambda count, part=part: episodes(learner, part))
+        online.remember(TASKS["left"], learner, lambda count, part=part: episodes(learner, part))
     torch.testing.assert_close(online.fisher["weight"], 0.25 * alone[0] + alone[1])
 
 
@@ -136,7 +136,7 @@ def test_a_normalised_fisher_has_mean_one():
             True,
         )
     ]
-    ewc.after_task(TASKS["left"], learner, lambda count: one)
+    ewc.remember(TASKS["left"], learner, lambda count: one)
     assert float(torch.cat([f.flatten() for f in ewc.fisher.values()]).mean()) == pytest.approx(1, rel=1e-5)
     ratios = ewc.fisher["head.weight"] / plain["head.weight"]
     torch.testing.assert_close(ratios, torch.full_like(ratios, ratios.median().item()), rtol=1e-4, atol=0)
@@ -196,7 +196,7 @@ def test_the_spring_is_tied_to_the_start_of_the_present_task():
         ewc.before_task(TASKS[task], learner)
         with torch.no_grad():
             learner.model.weight.add_(1.0)
-        ewc.after_task(TASKS[task], learner, lambda count: episodes(learner, states(8)))
+        ewc.remember(TASKS[task], learner, lambda count: episodes(learner, states(8)))
     ewc.before_task(TASKS["down"], learner)
     assert float(ewc.penalty(learner).detach()) == 0
     with torch.no_grad():
@@ -214,7 +214,7 @@ def test_ut2026_squares_partial_sums_of_the_training_gradient():
             assert ewc.batch_loss(learner.outputs(rows), rows) is None
             (slope * learner.model.weight).sum().backward()
         learner.model.zero_grad(set_to_none=True)
-    ewc.after_task(TASKS["left"], learner, lambda count: pytest.fail("ut2026 plays no episodes"))
+    ewc.remember(TASKS["left"], learner, lambda count: pytest.fail("ut2026 plays no episodes"))
     expected = (slopes[0] ** 2 + (slopes[0] + slopes[1]) ** 2).clamp(max=1e4)
     torch.testing.assert_close(ewc.fisher["weight"], expected)
     assert expected.max() == 1e4
@@ -236,7 +236,7 @@ def test_ut2026_counts_optimiser_steps_although_some_parameters_get_no_gradient(
             learner.model.head.weight.sum().backward()
         learner.model.zero_grad(set_to_none=True)
     assert ewc.squares.steps == 3
-    ewc.after_task(TASKS["left"], learner, lambda count: [])
+    ewc.remember(TASKS["left"], learner, lambda count: [])
     torch.testing.assert_close(ewc.fisher["head.weight"], torch.full((36, 32), 5.0))
 
 
@@ -244,10 +244,22 @@ def test_ut2026_no_longer_listens_after_a_task():
     learner, ewc, rows = SoftmaxRegression(WEIGHT), EWC(variant="ut2026"), batch(2)
     ewc.batch_loss(learner.outputs(rows), rows)
     learner.model.weight.sum().backward()
-    ewc.after_task(TASKS["left"], learner, lambda count: [])
+    ewc.remember(TASKS["left"], learner, lambda count: [])
     learner.model.weight.sum().backward()
     assert ewc.squares.totals == {}
     torch.testing.assert_close(ewc.fisher["weight"], torch.ones(3, 2))
+
+
+def test_the_coefficient_is_that_of_the_variant_unless_given():
+    assert [EWC(variant=variant).strength for variant in ("textbook", "ut2026")] == [0.05, 1e6]
+    assert EWC(variant="ut2026", coefficient=7.0).strength == 7.0
+    learner, ewc, rows = SoftmaxRegression(WEIGHT), EWC(variant="ut2026"), batch(4)
+    ewc.fisher = {name: torch.ones_like(p) for name, p in learner.trainable().items()}
+    ewc.anchor = {name: p.detach() + 0.5 for name, p in learner.trainable().items()}
+    energy = ewc.batch_loss(learner.outputs(rows), rows)
+    size = sum(p.numel() for p in learner.trainable().values())
+    assert float(energy.detach()) == pytest.approx(1e6 * 0.25 * size)
+    ewc.squares.finish(ceiling=1.0)
 
 
 @pytest.mark.parametrize("settings", [{"coefficient": -1.0}, {"decay": 1.5}, {"episodes": 0}, {"samples": 0}])

@@ -14,7 +14,7 @@ def taught(expansion, learner, names):
         expansion.before_task(TASKS[name], learner)
         shake(learner, seed)
         left_with[name] = learner.acting_weights()
-        expansion.after_task(TASKS[name], learner, no_episodes)
+        expansion.remember(TASKS[name], learner, no_episodes)
     return left_with
 
 

@@ -57,7 +57,7 @@ def test_dark_replay_looks_once_at_what_it_replays(label_coefficient):
 def test_only_successes_are_kept_and_no_more_than_fit():
     replay = Replay(capacity=6)
     played = [trajectory(i % 2 == 0, 4, seed=i) for i in range(6)]
-    replay.after_task(TASKS["left"], policy(), lambda count: played[: min(count, 6)])
+    replay.remember(TASKS["left"], policy(), lambda count: played[: min(count, 6)])
     kept = replay.memories["left"]
     successful = np.concatenate([t.states for t in played if t.success])
     assert len(kept) == 6
@@ -67,7 +67,7 @@ def test_only_successes_are_kept_and_no_more_than_fit():
 
 def test_kept_rows_stay_whole():
     replay, played = Replay(capacity=5), trajectory(True, 9, seed=3)
-    replay.after_task(TASKS["left"], policy(), lambda count: [played])
+    replay.remember(TASKS["left"], policy(), lambda count: [played])
     kept = replay.memories["left"]
     for row in range(5):
         source = np.flatnonzero((played.states == kept.observation.states[row]).all(1)).item()
@@ -78,7 +78,7 @@ def test_kept_rows_stay_whole():
 
 def test_a_task_without_success_leaves_nothing():
     replay = Replay()
-    replay.after_task(TASKS["left"], policy(), lambda count: [trajectory(False, 4)])
+    replay.remember(TASKS["left"], policy(), lambda count: [trajectory(False, 4)])
     assert replay.replay(stream(0, "r"), 8) is None
     assert replay.state_dict() == {}
 
@@ -99,7 +99,7 @@ def test_demonstrations_of_a_task_are_kept_once_it_has_been_learned(kind, demons
     learner, replay = policy(), kind(capacity=4, demonstrations=str(demonstrations))
     replay.before_task(TASKS["left"], learner)
     assert replay.memories == {}
-    replay.after_task(TASKS["left"], learner, no_episodes)
+    replay.remember(TASKS["left"], learner, no_episodes)
     assert list(replay.memories) == ["left"]
     kept = replay.memories["left"]
     assert len(kept) == 4
@@ -113,7 +113,7 @@ def test_ut2026_replays_the_first_demonstration_of_every_task_from_the_start(kin
     replay = kind(variant="ut2026", demonstrations=str(demonstrations))
     replay.before_task(TASKS["left"], learner)
     shake(learner, seed=1)
-    replay.after_task(TASKS["left"], learner, no_episodes)
+    replay.remember(TASKS["left"], learner, no_episodes)
     resumed = kind(variant="ut2026", demonstrations=str(demonstrations))
     resumed.load_state_dict(replay.state_dict(), learner)
     resumed.before_task(TASKS["down"], learner)
@@ -136,7 +136,7 @@ def test_missing_demonstrations_are_said_before_the_run(kind, demonstrations):
 @pytest.mark.parametrize(("ratio", "size", "rows"), [(1.0, 8, 8), (0.5, 8, 4), (0.25, 8, 2), (0.1, 4, None)])
 def test_the_ratio_decides_how_much_is_replayed(ratio, size, rows):
     replay = Replay(ratio=ratio)
-    replay.after_task(TASKS["left"], policy(), lambda count: [trajectory(True, 5)])
+    replay.remember(TASKS["left"], policy(), lambda count: [trajectory(True, 5)])
     drawn = replay.replay(stream(0, "r"), size)
     assert (None if drawn is None else len(drawn)) == rows
 
@@ -145,7 +145,7 @@ def test_logits_are_those_at_the_end_of_the_task():
     learner, dark = policy(adapter=True), DarkReplay(capacity=100)
     dark.before_task(TASKS["left"], learner)
     shake(learner, seed=1)
-    dark.after_task(TASKS["left"], learner, lambda count: [trajectory(True, 70)])
+    dark.remember(TASKS["left"], learner, lambda count: [trajectory(True, 70)])
     kept = dark.memories["left"]
     np.testing.assert_allclose(kept.logits, learner.logits(kept).detach().numpy(), atol=1e-5)
     shake(learner, seed=2)
@@ -159,7 +159,7 @@ def test_ut2026_takes_the_logits_of_the_base(adapter):
         dark.before_task(TASKS[task], learner)
         shake(learner, seed=1)
         shaken = learner.acting_weights()
-        dark.after_task(TASKS[task], learner, lambda count: [trajectory(True, 6)])
+        dark.remember(TASKS[task], learner, lambda count: [trajectory(True, 6)])
         kept = dark.memories[task]
         np.testing.assert_allclose(kept.logits, base.logits(kept).detach().numpy(), atol=1e-5)
         assert all(torch.equal(value, shaken[name]) for name, value in learner.acting_weights().items())
@@ -200,6 +200,18 @@ def test_a_memory_survives_as_tensors(sentence, rows, logits):
         np.testing.assert_array_equal(getattr(back, name), getattr(kept, name))
     np.testing.assert_array_equal(back.observation.images, kept.observation.images)
     np.testing.assert_array_equal(back.observation.states, kept.observation.states)
+
+
+@pytest.mark.parametrize("kind", [Replay, DarkReplay])
+def test_the_coefficient_is_that_of_the_variant_unless_given(kind):
+    learner, rows = policy(), with_logits(batch(5), seed=4)
+
+    def loss(**given):
+        return float(kind(**given).replay_loss(learner.outputs(rows), rows).detach())
+
+    for variant, default in (("textbook", 0.1), ("ut2026", 0.03)):
+        assert loss(variant=variant) == loss(variant=variant, coefficient=default)
+        assert loss(variant=variant, coefficient=0.5) == pytest.approx(loss(variant=variant) / default * 0.5)
 
 
 @pytest.mark.parametrize("kind", [Replay, DarkReplay])

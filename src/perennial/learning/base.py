@@ -86,7 +86,8 @@ class Objective(ABC):
     ) -> Metrics:
         """Learn `tasks` from `trajectories`. The metrics hold at least `loss`, `grad_norm` and `kept`.
 
-        `kept` is the share of decisions that carried a learning signal; with 0 no step was made.
+        `kept` is the share of decisions that carried a learning signal; with 0 no step was made, except for strategies
+        that want all decisions.
         """
 
 

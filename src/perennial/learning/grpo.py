@@ -4,7 +4,8 @@ As trained in arXiv 2603.11653: groups of rollouts from one initial state, rewar
 group with the unbiased standard deviation, a ratio for every token, clipping to [1 - 0.20, 1 + 0.28], no KL term, no
 entropy bonus, and every trajectory weighs the same whatever its length. Left out of that code because it changes
 nothing but the cost: steps after success, and groups whose returns are all equal, whose gradient is zero. They are
-dropped before forward and backward while the divisor stays the full number of trajectories.
+dropped before forward and backward while the divisor stays the full number of trajectories. They are kept only for
+strategies that look at every state visited (`Strategy.wants_all`), which then act also where all groups are equal.
 
 Default budget and learning rate are those of the small policy; presets hold the published ones.
 """
@@ -88,8 +89,8 @@ class GRPO(Objective):
         optimizer: torch.optim.Optimizer,
         rng: np.random.Generator,
     ) -> Metrics:
-        """`epochs` x `minibatches` clipped steps on the decisions that carry a gradient."""
-        batch, share = weighted_batch(policy, trajectories)
+        """`epochs` x `minibatches` clipped steps on the decisions that carry a gradient, or that a strategy wants."""
+        batch, share = weighted_batch(policy, trajectories, strategies.wants_all())
         if len(batch) == 0:
             return {"loss": 0.0, "grad_norm": 0.0, "kept": 0.0, "kl": 0.0, "clip_fraction": 0.0, "penalty": 0.0}
         metrics = passes(
@@ -102,15 +103,16 @@ class GRPO(Objective):
         return clipped_surrogate(outputs.log_prob, outputs.batch, self.clip_low, self.clip_high)
 
 
-def weighted_batch(policy: Policy, trajectories: list[Trajectory]) -> tuple[Batch, float]:
-    """The decisions with a non-zero advantage, and their share of all decisions.
+def weighted_batch(policy: Policy, trajectories: list[Trajectory], everything: bool = False) -> tuple[Batch, float]:
+    """The decisions with a non-zero advantage, or `everything`, and the share of all decisions that have one.
 
     A token's weight is 1 / (trajectories x executed tokens of its trajectory), so the sum of weighted token losses is
     the mean over all trajectories, dropped ones included, of the mean over each trajectory's tokens.
     """
     advantages = group_relative(trajectories)
-    used = [(t, a) for t, a in zip(trajectories, advantages, strict=True) if a != 0]
-    share = sum(len(t.steps) for t, _ in used) / sum(len(t.steps) for t in trajectories)
+    judged = list(zip(trajectories, advantages, strict=True))
+    share = sum(len(t.steps) for t, a in judged if a != 0) / sum(len(t.steps) for t in trajectories)
+    used = [(t, a) for t, a in judged if everything or a != 0]
     if not used:
         return to_batch(trajectories[:1], policy.token_steps).take(np.arange(0)), 0.0
     batch = to_batch([t for t, _ in used], policy.token_steps)

@@ -1,4 +1,4 @@
-"""What a strategy may do. The empty class is sequential fine-tuning; every hook is optional.
+"""What a strategy may do. A class with only a name is sequential fine-tuning; every hook is optional.
 
 A strategy is a dataclass: its init fields are hyper-parameters, everything it remembers is in `field(init=False)` and
 in `state_dict`. Strategies never know the objective and objectives never know the strategy, so every strategy works
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Outputs, Policy
 from perennial.rollout.trajectory import Trajectory
 from perennial.suites.base import Task
@@ -41,9 +42,22 @@ class ParameterGroup:
 
 @dataclass
 class Strategy:
-    """Sequential fine-tuning: learn each task and do nothing else."""
+    """Sequential fine-tuning: learn each task and do nothing else.
 
-    name: ClassVar[str] = "sequential"
+    A task begins with `before_task` and is learned; then `after_task` may change the weights, the gate may take a part
+    of that back, and `remember` looks at the weights that are carried on.
+
+    Attributes:
+        name: as it is chosen; every class needs one.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        """A class without a name could be neither chosen nor told apart."""
+        super().__init_subclass__()
+        if not hasattr(cls, "name"):
+            raise PerennialError(f'The strategy {cls.__qualname__} has no name; add name: ClassVar[str] = "...".')
 
     def requires(self) -> frozenset[str]:
         """Names of optional policy methods that this strategy calls, for example {"logits"}."""
@@ -63,6 +77,17 @@ class Strategy:
     def settled(self) -> Self:
         """The same strategy, with paths that do not depend on the present folder; nothing is remembered yet."""
         return self
+
+    def restarts(self) -> bool:
+        """Whether `before_task` sets the weights, so that a task does not begin where the one before ended.
+
+        Such strategies begin a task before the others do, wherever they are listed.
+        """
+        return False
+
+    def unfit(self, before: Sequence[Strategy], after: Sequence[Strategy]) -> str | None:
+        """Why it cannot guard tasks beside those listed before and after it, and what to do; None if it can."""
+        return None
 
     def ungated(self) -> str | None:
         """Why a gate cannot carry on a part of what a task changed, as the end of a sentence; None if it can."""
@@ -87,6 +112,10 @@ class Strategy:
     def parameter_groups(self, policy: Policy) -> Sequence[ParameterGroup] | None:
         """How the trainable parameters are grouped for the optimiser; None leaves them in one group."""
         return None
+
+    def wants_all(self) -> bool:
+        """Whether `batch_loss` is to see every decision of the rollouts, those without a learning signal too."""
+        return False
 
     def penalty(self, policy: Policy) -> Tensor | None:
         """A scalar of the weights alone, added to the loss once per optimiser step; None adds nothing."""
@@ -115,7 +144,13 @@ class Strategy:
         """Called after every optimiser step."""
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
-        """Called once after the last stage of `task`: estimate a Fisher, fill a buffer, merge."""
+        """Called once after the last stage of `task`, to change the weights: average, merge."""
+
+    def remember(self, task: Task, policy: Policy, collect: Collect) -> None:
+        """Called once with the weights that are carried on, after `after_task` of all and the gate.
+
+        Here a Fisher is estimated and a buffer filled, so that nothing is kept of what the gate turned down.
+        """
 
     def account(self) -> Mapping[str, Any]:
         """What the last `after_task` did that a reader of the report should know, as JSON; {} if nothing."""

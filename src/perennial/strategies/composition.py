@@ -19,15 +19,15 @@ from perennial.suites.base import Task
 class Strategies:
     """What the training loop talks to. Penalties and replay losses add up; groups and adapters have one owner.
 
-    A task is begun from the last member to the first and ended from the first to the last, so that members see the
-    weights that the task really starts from, and later ones go on with what earlier ones made.
+    A task is begun first by members that set the weights which it starts from, so that the others see these. It is
+    ended in the order of the list, later ones going on with what earlier ones made, and remembered when it has ended.
     """
 
     members: tuple[Strategy, ...] = ()
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """See `Strategy.before_task`."""
-        for member in reversed(self.members):
+        for member in sorted(self.members, key=lambda member: not member.restarts()):
             member.before_task(task, policy)
 
     def parameter_groups(self, policy: Policy) -> Sequence[ParameterGroup] | None:
@@ -42,6 +42,10 @@ class Strategies:
                 f"The strategies {grouped[0][0]!r} and {grouped[1][0]!r} both set learning rates; keep one of them."
             )
         return grouped[0][1] if grouped else None
+
+    def wants_all(self) -> bool:
+        """Whether a member does, see `Strategy.wants_all`."""
+        return any(member.wants_all() for member in self.members)
 
     def batch_loss(self, outputs: Outputs, whole: Batch) -> Tensor | None:
         """The sum of what the members add for a part of `whole`; None if nothing."""
@@ -72,6 +76,11 @@ class Strategies:
         """See `Strategy.after_task`."""
         for member in self.members:
             member.after_task(task, policy, collect)
+
+    def remember(self, task: Task, policy: Policy, collect: Collect) -> None:
+        """See `Strategy.remember`."""
+        for member in self.members:
+            member.remember(task, policy, collect)
 
     def accounts(self) -> dict[str, Mapping[str, Any]]:
         """What each member did after the last task, by its name, where there is something to tell."""

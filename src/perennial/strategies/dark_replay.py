@@ -23,7 +23,7 @@ class DarkReplay(Replay):
 
     DER (Buzzega et al., arXiv 2004.07211) with label_coefficient 0, DER++ with more; DER++ draws one batch for both
     terms here, where the paper draws two. The squared error is averaged over the executed tokens and their bins.
-    Logits are those of the policy at the end of the decision's task.
+    Logits are those of the policy that was carried on after the decision's task.
 
     `variant="ut2026"` takes the logits of the policy before the first task instead, as the code of arXiv 2603.11653
     does: a distillation to the base. With a folder of demonstrations it also has that code's memory, see `Replay`.
@@ -64,7 +64,7 @@ class DarkReplay(Replay):
 
     def coefficients(self) -> float:
         """Sum of the weights of what is replayed."""
-        return self.coefficient + self.label_coefficient
+        return self.strength + self.label_coefficient
 
     def replay_loss(self, outputs: Outputs, whole: Batch) -> Tensor:
         """The weighted squared error of the logits and, for DER++, the weighted imitation loss."""
@@ -72,7 +72,7 @@ class DarkReplay(Replay):
         kept = torch.from_numpy(part.logits).to(logits.device)
         mask = torch.from_numpy(part.mask).to(logits.device)
         errors = ((logits - kept) ** 2).mean(-1)
-        loss = self.coefficient * (errors * mask).sum() / max(1, int(whole.mask.sum()))
+        loss = self.strength * (errors * mask).sum() / max(1, int(whole.mask.sum()))
         if self.label_coefficient:
             loss = loss + self.label_coefficient * outputs.imitation_loss.sum() / len(whole)
         return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -22,7 +22,7 @@ class EMA(Strategy):
 
     The average begins with the weights that the task starts from. With an adapter its factors are averaged, which
     stay close to each other within a task. The code of RETAIN (arXiv 2512.08333) trains with 0.99 and merges the
-    average: list `ema` before `merge`.
+    average, as `ema,merge` does.
 
     Attributes:
         decay: in [0, 1); 0 keeps the last weights.
@@ -35,6 +35,11 @@ class EMA(Strategy):
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
             raise PerennialError(f"ema.decay is {self.decay}; it must be at least 0 and below 1.")
+
+    def unfit(self, before: Sequence[Strategy], after: Sequence[Strategy]) -> str | None:
+        """The average knows nothing of what others made of the task."""
+        undone = [other.name for other in before if type(other).after_task is not Strategy.after_task]
+        return f"it would replace what {undone[0]!r} makes of a task; list it before {undone[0]!r}" if undone else None
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """Begin with the weights that the task starts from."""

@@ -40,10 +40,10 @@ class EWC(Strategy):
     squared and added, the total is divided by the number of optimiser steps and clamped to 1e4. `episodes`, `samples`,
     `decay` and `normalise` have no effect. It differs from that code in three ways: all of a task's updates count, not
     only its last epoch, because a strategy is not told which epoch is the last; a penalty of NaN ends the run instead
-    of becoming 0; and parameters are never skipped. Use their coefficient of 1e6 with it.
+    of becoming 0; and parameters are never skipped.
 
     Attributes:
-        coefficient: lambda, at least 0; the default suits the small policy, like those of the other strategies.
+        coefficient: lambda, at least 0; none is 0.05, which suits the small policy, and for `ut2026` that code's 1e6.
         decay: gamma, weight of the earlier Fisher, in [0, 1].
         episodes: played after every task to estimate the Fisher.
         samples: decisions of these that are used, evenly spread.
@@ -53,7 +53,7 @@ class EWC(Strategy):
     """
 
     name: ClassVar[str] = "ewc"
-    coefficient: float = 0.05
+    coefficient: float | None = None
     decay: float = 1.0
     episodes: int = 16
     samples: int = 128
@@ -69,12 +69,32 @@ class EWC(Strategy):
         return frozenset({"log_prob"} if self.variant == "textbook" or self.pretraining else ())
 
     def __post_init__(self) -> None:
-        if self.coefficient < 0:
-            raise PerennialError(f"ewc.coefficient is {self.coefficient}; it must be at least 0.")
+        if self.strength < 0:
+            raise PerennialError(f"ewc.coefficient is {self.strength}; it must be at least 0.")
         if not 0 <= self.decay <= 1:
             raise PerennialError(f"ewc.decay is {self.decay}; it must be between 0 and 1.")
         if min(self.episodes, self.samples) < 1:
             raise PerennialError("ewc.episodes and ewc.samples must be at least 1.")
+
+    @property
+    def strength(self) -> float:
+        """The coefficient given, or that of the variant."""
+        default = 1e6 if self.variant == "ut2026" else 0.05
+        return default if self.coefficient is None else self.coefficient
+
+    def unfit(self, before: Sequence[Strategy], after: Sequence[Strategy]) -> str | None:
+        """Its springs hold the weights where they were measured, or near."""
+        other = next((other.name for other in (*before, *after) if other.restarts()), None)
+        measured = f"{other!r} begins every task at the base, far from where the Fisher information was measured"
+        return None if other is None else f"{measured}; leave one of them out"
+
+    def unjoined(self) -> str | None:
+        """Only the base can be held while the first tasks are learned."""
+        return (
+            None
+            if self.pretraining
+            else "it holds what earlier tasks need, of which there are none without ewc.pretraining"
+        )
 
     def check(self, tasks: Sequence[str]) -> None:
         """The folder that the base was made of holds demonstrations."""
@@ -111,11 +131,11 @@ class EWC(Strategy):
             for name, parameter in policy.trainable().items()
             if name in self.fisher and name in self.anchor
         ]
-        if self.coefficient == 0 or not terms:
+        if self.strength == 0 or not terms:
             return None
-        return self.coefficient * factor * torch.stack(terms).sum()
+        return self.strength * factor * torch.stack(terms).sum()
 
-    def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
+    def remember(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Add the task's Fisher."""
         if self.variant == "ut2026":
             self._add(self.squares.finish(ceiling=1e4), 1.0)

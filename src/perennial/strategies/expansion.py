@@ -21,7 +21,7 @@ class Expansion(Strategy):
 
     Nothing is ever forgotten and nothing carries over (NBT is 0 by construction, and FWT where the base acts in tasks
     not yet taught), which makes it a measure of what the other strategies gain by sharing; it has to be told the task.
-    One adapter is kept per task; without an adapter, one whole policy. List it after strategies that change weights.
+    One adapter is kept per task; without an adapter, one whole policy.
 
     Attributes:
         held_out: what acts in tasks that have not been taught: the base, the last adapter learned, or the one whose
@@ -40,13 +40,17 @@ class Expansion(Strategy):
         """What learns."""
         return {policy.device: sum(p.numel() * p.element_size() for p in policy.trainable().values())}
 
+    def restarts(self) -> bool:
+        """From the base."""
+        return True
+
     def before_task(self, task: Task, policy: Policy) -> None:
         """Start from the base."""
         self.base = self.base or snapshot(policy)
         restore(policy, self.base)
         self.learning = task.name
 
-    def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
+    def remember(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Keep what was learned."""
         self.adapters.pop(task.name, None)
         self.adapters[task.name] = snapshot(policy)

@@ -21,9 +21,9 @@ class KLAnchor(Strategy):
     """coefficient * mean over executed tokens of KL(teacher || policy), forward KL over the bins.
 
     The states are those of the batch that is being learned from: the policy's own rollouts under reinforcement
-    learning. Under imitation they are the demonstrations of the new task, and with anchor="previous" this is
-    learning without forgetting (Li and Hoiem, arXiv 1606.09282). Both distributions are taken at the batch's
-    temperature. The teacher costs one forward pass without gradient; only its trainable weights are kept.
+    learning, those without a learning signal too. Under imitation they are the demonstrations of the new task, and with
+    anchor="previous" this is learning without forgetting (Li and Hoiem, arXiv 1606.09282). Both distributions are taken
+    at the batch's temperature. The teacher costs a forward pass without gradient; only its trainable weights are kept.
 
     Attributes:
         coefficient: at least 0.
@@ -42,6 +42,10 @@ class KLAnchor(Strategy):
     def requires(self) -> frozenset[str]:
         """Bins to compare."""
         return frozenset({"logits"})
+
+    def wants_all(self) -> bool:
+        """Also states in which a group always succeeds: what the policy does well is to be kept."""
+        return self.coefficient > 0
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """Keep the weights that the task starts from as teacher."""

@@ -1,4 +1,7 @@
-"""RETAIN: after every task the fine-tuned weights are averaged with those that the task started from."""
+"""Merging with a fixed coefficient, RETAIN at its simplest: a task ends at a mean of the weights before and after it.
+
+Take `retain` to have the coefficient searched on a shifted scene, or to merge all tasks into the base.
+"""
 
 from __future__ import annotations
 

@@ -32,11 +32,11 @@ class Replay(Strategy):
     kept, a uniform random subset; or of the task's demonstrations, where there is a folder of them. A task without any
     success leaves nothing to replay.
 
-    `variant="ut2026"` is the memory of the code of arXiv 2603.11653, whose coefficient is 0.03: from the first task on
-    the first demonstration of every task in the folder, of later and held-out ones too.
+    `variant="ut2026"` is the memory of the code of arXiv 2603.11653: from the first task on the first demonstration of
+    every task in the folder, of later and held-out ones too.
 
     Attributes:
-        coefficient: at least 0.
+        coefficient: at least 0; none is 0.1, which suits the small policy, and for `ut2026` that code's 0.03.
         ratio: replayed rows per row of an update, in (0, 1].
         capacity: decisions kept per task.
         episodes: played after every task, where there are no demonstrations.
@@ -44,7 +44,7 @@ class Replay(Strategy):
     """
 
     name: ClassVar[str] = "replay"
-    coefficient: float = 0.1
+    coefficient: float | None = None
     ratio: float = 1.0
     capacity: int = 256
     episodes: int = 32
@@ -53,12 +53,23 @@ class Replay(Strategy):
     memories: dict[str, Batch] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.coefficient < 0:
-            raise PerennialError(f"{self.name}.coefficient is {self.coefficient}; it must be at least 0.")
+        if self.strength < 0:
+            raise PerennialError(f"{self.name}.coefficient is {self.strength}; it must be at least 0.")
         if not 0 < self.ratio <= 1:
             raise PerennialError(f"{self.name}.ratio is {self.ratio}; it must be above 0 and at most 1.")
         if min(self.capacity, self.episodes) < 1:
             raise PerennialError(f"{self.name}.capacity and {self.name}.episodes must be at least 1.")
+
+    @property
+    def strength(self) -> float:
+        """The coefficient given, or that of the variant."""
+        default = 0.03 if self.variant == "ut2026" else 0.1
+        return default if self.coefficient is None else self.coefficient
+
+    def unjoined(self) -> str | None:
+        """Only what is remembered from the start can be replayed."""
+        from_start = self.variant == "ut2026" and self.demonstrations
+        return None if from_start else "it replays earlier tasks, of which there are none"
 
     def check(self, tasks: Sequence[str]) -> None:
         """Every task has been demonstrated, where demonstrations are replayed."""
@@ -91,13 +102,13 @@ class Replay(Strategy):
 
     def coefficients(self) -> float:
         """Sum of the weights of what is replayed; with 0 nothing is drawn."""
-        return self.coefficient
+        return self.strength
 
     def replay_loss(self, outputs: Outputs, whole: Batch) -> Tensor:
         """The imitation loss, weighted."""
-        return self.coefficient * outputs.imitation_loss.sum() / len(whole)
+        return self.strength * outputs.imitation_loss.sum() / len(whole)
 
-    def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
+    def remember(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Keep decisions of fresh successful episodes, or of demonstrations."""
         if self.demonstrations and self.variant == "ut2026":
             return

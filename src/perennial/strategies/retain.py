@@ -1,6 +1,6 @@
-"""RETAIN: after every task the fine-tuned weights are merged into the running ones, by coefficients given or searched.
+"""Merging whose coefficients are searched by playing, or one merge of all tasks into the base: RETAIN in full.
 
-Yadav et al. 2025, arXiv 2512.08333.
+Yadav et al. 2025, arXiv 2512.08333. With one coefficient and a running chain it is `merge`, the shorter file to read.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ class Retain(Strategy):
         """In parallel: what the gate turned down would come back with the next merge."""
         merged_again = "in a parallel chain it merges all fine-tuned weights again after every task"
         return merged_again if self.chain == "parallel" else super().ungated()
+
+    def restarts(self) -> bool:
+        """In parallel, from the base."""
+        return self.chain == "parallel"
 
     def unjoined(self) -> str | None:
         """It goes by single tasks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from perennial.strategies.base import Strategy
 
@@ -10,3 +11,5 @@ from perennial.strategies.base import Strategy
 @dataclass
 class Sequential(Strategy):
     """One adapter, carried on from task to task."""
+
+    name: ClassVar[str] = "sequential"

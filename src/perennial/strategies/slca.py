@@ -18,9 +18,11 @@ from perennial.strategies.base import ParameterGroup, Strategy
 class SLCA(Strategy):
     """A learning rate for each group of parameters, as a multiple of the recipe's.
 
-    The slow learner of SLCA (Zhang et al., arXiv 2303.05118). Its other half, the alignment of a classifier with
-    stored class statistics, has no counterpart in a policy and is left out, as it is in the code of arXiv 2603.11653,
-    whose learning rates of 4e-6 and 4e-5 are the defaults here at a recipe's 2e-5.
+    The slow learner of SLCA (Zhang et al., arXiv 2303.05118), in the form that the code of arXiv 2603.11653 has:
+    learning rates only, whose 4e-6 and 4e-5 are the defaults here at a recipe's 2e-5. The other half of SLCA is not
+    implemented: it aligns the classifier after each task, on features drawn from a Gaussian stored for each class. A
+    head that classifies action bins, as that of `openvla_oft`, could be aligned so. But there every task uses the same
+    bins, so that classes do not belong to tasks, and other policies have no classifier.
 
     Attributes:
         vision, language, action: multiples of the recipe's learning rate, at least 0.
