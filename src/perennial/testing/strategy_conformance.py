@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import safetensors.torch
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from perennial.learning.base import gradient_step
+from perennial.learning.grpo import GRPO, weighted_batch
 from perennial.learning.optimizer import AdamWConfig, build_optimizer, optimised
 from perennial.learning.ppo import PPO
 from perennial.learning.sft import SFT
@@ -32,11 +33,13 @@ from perennial.rollout.collect import Environments, play
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.strategies.base import Strategy
 from perennial.strategies.composition import Strategies
+from perennial.strategies.sequential import Sequential
 from perennial.suites.base import Task
 from perennial.testing.toy import ToyPolicy, ToySuite
 
 Make = Callable[[], Strategy]
-Learning = Literal["imitation", "reinforcement"]
+Learning = Literal["grpo", "ppo", "sft"]
+EVERY: tuple[Learning, ...] = get_args(Learning)
 
 SUITE = ToySuite()
 TASKS = [SUITE.tasks[name] for name in ("up", "left", "right")]
@@ -49,13 +52,13 @@ class Run:
 
     strategies: Strategies
     adapter: bool
-    learning: Learning = "imitation"
+    learning: Learning = "sft"
 
     def __post_init__(self) -> None:
         self.policy = ToyPolicy(seed=1)
         if self.adapter:
             add_adapter(self.policy, LoRA(rank=4, alpha=4), seed=1)
-        if self.learning == "reinforcement":
+        if self.learning == "ppo":
             self.policy.add_value_head(seed=1)
         self.environments = Environments(SUITE, self.policy.image_size)
 
@@ -73,6 +76,7 @@ class Run:
                 return self.play(SUITE.tasks[task] if task else learned, count, "collect", 0, variant, first)
 
             self.strategies.after_task(task, self.policy, collect)
+            self.strategies.remember(task, self.policy, collect)
 
     def update(self, task: Task, number: int) -> None:
         """One step of gradient descent in two micro-batches."""
@@ -80,13 +84,13 @@ class Run:
         config = AdamWConfig(0.3, warmup_steps=0, max_grad_norm=math.inf, micro_batch=math.ceil(len(batch) / 2))
         groups = build_optimizer(self.policy, self.strategies, config).param_groups
         optimizer = torch.optim.SGD([{"params": group["params"], "scale": group["scale"]} for group in groups])
-        loss = SFT(batch_size=len(batch)).loss if self.learning == "imitation" else PPO().loss
+        losses = {"sft": SFT(batch_size=len(batch)).loss, "ppo": PPO().loss, "grpo": GRPO().loss}
         rng = stream(1, "update", task.name, number)
-        gradient_step(self.policy, batch, loss, self.strategies, optimizer, config, rng)
+        gradient_step(self.policy, batch, losses[self.learning], self.strategies, optimizer, config, rng)
 
     def batch(self, task: Task, number: int) -> Batch:
         """What the update of that number learns from."""
-        return self.demonstrations(task, number) if self.learning == "imitation" else self.rollouts(task, number)
+        return self.demonstrations(task, number) if self.learning == "sft" else self.rollouts(task, number)
 
     def demonstrations(self, task: Task, number: int) -> Batch:
         """What the expert would do at 16 random places."""
@@ -97,8 +101,12 @@ class Run:
         return Batch(Observation(images, (task.instructions[0],) * 16, states), sample, np.ones((16, 4), bool))
 
     def rollouts(self, task: Task, number: int) -> Batch:
-        """Decisions of 8 episodes, assessed by the value head."""
-        return PPO().assess(self.policy, self.play(task, 8, "rollout", number))[0]
+        """Decisions of 8 episodes, assessed by the value head; or by each other, of which every second one succeeds."""
+        played = self.play(task, 8, "rollout", number)
+        if self.learning == "ppo":
+            return PPO().assess(self.policy, played)[0]
+        graded = [dataclasses.replace(t, success=i % 2 == 0) for i, t in enumerate(played)]
+        return weighted_batch(self.policy, graded, self.strategies.wants_all())[0]
 
     def play(
         self, task: Task, count: int, purpose: str, number: int, variant: str = "id", first: int = 0
@@ -107,7 +115,9 @@ class Run:
         actor = ToyPolicy()
         actor.model.load_state_dict(dict(self.strategies.policy_for(task, self.policy)))
         episodes = [
-            Episode(task.name, variant, "training", i, task.instructions[0], 1.0, (purpose, task.name, number, i))
+            Episode(
+                task.name, variant, "training", i, task.instructions[0], 1.0, (purpose, task.name, number, i), i // 4
+            )
             for i in range(first, first + count)
         ]
         return play(actor, self.environments, episodes, seed=1, slots=count)
@@ -143,10 +153,10 @@ def _fresh(strategy: Strategy) -> Strategy:
     return type(strategy)(**{f.name: getattr(strategy, f.name) for f in dataclasses.fields(strategy) if f.init})
 
 
-def _runs(*members: Make) -> Iterator[Run]:
-    """One run with an adapter and reinforcement (PPO), one with full fine-tuning and imitation."""
-    yield Run(Strategies(tuple(make() for make in members)), adapter=True, learning="reinforcement")
-    yield Run(Strategies(tuple(make() for make in members)), adapter=False, learning="imitation")
+def _runs(*members: Make, ways: Sequence[Learning] = ("grpo", "sft")) -> Iterator[Run]:
+    """A run for each objective: reinforcement with an adapter, imitation with full fine-tuning."""
+    for learning in ways:
+        yield Run(Strategies(tuple(make() for make in members)), adapter=learning != "sft", learning=learning)
 
 
 def _same(left: Mapping[str, Tensor], right: Mapping[str, Tensor], sentence: str) -> None:
@@ -169,13 +179,13 @@ def _resumes_exactly(run: Run) -> None:
 
 def check_resume(make: Make) -> None:
     """Stopped in the middle of the third task and resumed from its state, a run ends bit for bit the same."""
-    for run in _runs(make):
+    for run in _runs(make, ways=EVERY):
         _resumes_exactly(run)
 
 
 def check_learning(make: Make) -> None:
-    """Under imitation and under reinforcement the weights move, stay finite, and the same parameters stay trainable."""
-    for run in _runs(make):
+    """Under every objective the weights move, stay finite, and the same parameters stay trainable."""
+    for run in _runs(make, ways=EVERY):
         before = run.policy.acting_weights()
         trainable = list(run.policy.trainable())
         for task in TASKS:
@@ -191,7 +201,9 @@ def check_zero_coefficients(make: Make) -> None:
     zero = {f.name: 0.0 for f in dataclasses.fields(make()) if f.init and f.name.endswith("coefficient")}
     if not zero:
         return
-    for run, sequential in zip(_runs(lambda: dataclasses.replace(make(), **zero)), _runs(), strict=True):
+    for run, sequential in zip(
+        _runs(lambda: dataclasses.replace(make(), **zero), ways=EVERY), _runs(ways=EVERY), strict=True
+    ):
         for task in TASKS:
             run.teach(task)
             sequential.teach(task)
@@ -200,7 +212,7 @@ def check_zero_coefficients(make: Make) -> None:
 
 def check_composition(make: Make) -> None:
     """Beside a strategy that does nothing it is itself, and beside one that pulls to zero the two resume exactly."""
-    for alone, before, after in zip(_runs(make), _runs(Strategy, make), _runs(make, Strategy), strict=True):
+    for alone, before, after in zip(_runs(make), _runs(Sequential, make), _runs(make, Sequential), strict=True):
         for run in (alone, before, after):
             run.teach(TASKS[0])
             run.teach(TASKS[1])
@@ -261,7 +273,7 @@ def check_parameter_groups(make: Make) -> None:
 
 def check_parts(make: Make) -> None:
     """Its losses on the parts of what is learned from or replayed add up to that on all of it, however it is cut."""
-    for run in _runs(make):
+    for run in _runs(make, ways=EVERY):
         for task in TASKS[:2]:
             run.teach(task)
         run.teach(TASKS[2], updates=2, last=False)
