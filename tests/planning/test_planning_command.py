@@ -52,6 +52,18 @@ def test_the_published_model_is_planned_without_its_weights_and_without_a_gpu(ca
     assert "(2) --workers.backend shared --recipe.grpo.optimizer.micro_batch 16\n" in out
 
 
+def test_the_workers_that_a_plan_counts_on_are_named(capsys, monkeypatch):
+    monkeypatch.setattr("perennial.machine.cores", lambda: 3)
+    monkeypatch.setattr("perennial.machine.free_memory", lambda: 10**12)
+    for arguments, said, count in (
+        ((), "Assumed: 3 workers, as this machine would take; set --workers.count; 40%", 3),
+        (("--workers.count", "1"), "Assumed: 1 worker; 40%", 1),
+        (("--workers.backend", "inline"), "Assumed: one process acts; 40%", 1),
+    ):
+        assert said in " ".join(plan(capsys, "demo", *arguments).split())
+        assert json.loads(plan(capsys, "demo", "--json", *arguments))["workers"] == count
+
+
 def test_where_a_strategy_chooses_what_acts_its_weights_are_copies(capsys):
     rows = ("--recipe.grpo.optimizer.micro_batch", "32", "--strategies", "expansion")
     out = plan(capsys, "simple_recipe_libero_spatial", "--policy.dtype", "bfloat16", "--policy.device", "cuda", *rows)

@@ -24,6 +24,7 @@ from perennial.planning.work import work_of
 from perennial.policies import _anatomy
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._groups import GROUPS
+from perennial.reports.words import count
 from perennial.suites.base import Suite
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def command(options: Plan, changes: dict[str, str], console: Console) -> None:
     console.print(table)
     for note in notes:
         console.print(note, highlight=False, soft_wrap=True)
-    console.print(_assumptions(work, options.share, steps), highlight=False)
+    console.print(_assumptions(_players(config, use), work, options.share, steps), highlight=False)
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def _as_json(use: Use, work: Work, plans: Mapping[str, OnGPU | None]) -> dict[st
     }
     memory = estimate.memory(use)
     return {
+        "workers": use.actors,
         "parameters": _anatomy.parameters(use.anatomy),
         "adapter_parameters": use.adapter,
         "memory": asdict(memory) | {"peak": memory.peak},
@@ -192,11 +194,18 @@ def _add_this_cpu(table: Table, config: Config, anatomy: Anatomy) -> None:
         table.add_row("this CPU", f"no, {_gigabytes(free)} GB free")
 
 
-def _assumptions(work: Work, share: float, steps: float) -> str:
+def _players(config: Config, use: Use) -> str:
+    if config.workers.backend != "process":
+        return "one process acts"
+    here = "" if config.workers.count else ", as this machine would take; set --workers.count"
+    return f"{count(use.actors, 'worker')}{here}"
+
+
+def _assumptions(players: str, work: Work, share: float, steps: float) -> str:
     return (
-        f"Assumed: {share:.0%} of a GPU's matrix rate in acting and learning, its full bandwidth where reading weights "
-        f"takes longer; {steps:,.0f} environment steps a second of each worker, pictures not counted; one "
-        "phase after another. An upper bound: every episode lasts to its horizon and every decision has a gradient "
+        f"Assumed: {players}; {share:.0%} of a GPU's matrix rate in acting and learning, its full bandwidth where "
+        f"reading weights takes longer; {steps:,.0f} environment steps a second of each worker, pictures not counted; "
+        "one phase after another. An upper bound: every episode lasts to its horizon and every decision has a gradient "
         f"({work.decisions:,.0f} decisions to learn from, {work.evaluated:,.0f} of evaluation, {sum(work.rows):,.0f} "
         f"rows of updates). Rows are those of a micro-batch. Of a GPU {_gigabytes(RESERVED)} GB are left to CUDA. What "
         "strategies and a gate add and simulators' memory are not counted."
