@@ -11,6 +11,9 @@ import pytest
 ARCHIVE = Path(__file__).parents[3] / "shared" / "libero" / "assets.tar.xz"
 NAMED = os.environ.get("PERENNIAL_LIBERO_ASSETS")
 
+WITH_ASSETS = ("bbq_sauce", "black_book", "butter", "glazed_rim_porcelain_ramekin", "moka_pot", "plate", "wine_bottle")
+"""Distractors among those that the shared assets have."""
+
 
 @functools.cache
 def missing():

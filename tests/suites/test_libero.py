@@ -5,17 +5,19 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from libero_assets import libero, needs_libero, unpacked  # noqa: F401
+from libero_assets import WITH_ASSETS, libero, needs_libero, unpacked  # noqa: F401
 from packaging.requirements import Requirement
 
 from perennial.errors import PerennialError
-from perennial.suites import _libero_install
+from perennial.suites import _libero_install, _libero_variants
 from perennial.suites._libero_tasks import FILES, FOLDERS, location, paraphrases, sentence
 from perennial.suites.libero import Libero
 from perennial.suites.libero_retain import GENERALIST, TARGETS, LiberoRetain
 from perennial.suites.libero_study import LiberoStudy
+from perennial.suites.libero_wrist import LiberoWrist
 from perennial.testing.suite_conformance import (
     CHECKS,
+    memory_is_given_back,
     sentences_of_evaluation_are_never_trained,
     sequences_name_tasks_once,
 )
@@ -92,6 +94,24 @@ def test_retain_has_three_targets_and_five_tasks_of_each_other_suite():
     assert len(GENERALIST) == 20
     assert [name for name in GENERALIST if name.startswith("90-")] == ["90-0", "90-18", "90-36", "90-54", "90-72"]
     sequences_name_tasks_once(LiberoRetain(), "long-2")
+
+
+@pytest.mark.parametrize("suite", [Libero(), LiberoWrist()])
+def test_forty_stored_states_are_for_training_and_the_other_ten_for_evaluation(suite):
+    stored = suite.protocol.stored
+    assert set(stored) == {"training", "evaluation"}, "demonstrations draw new ones"
+    assert (len(stored["training"]), len(stored["evaluation"])) == (40, 10)
+    assert sorted((*stored["training"], *stored["evaluation"])) == list(range(50))
+    assert not suite.shares
+
+
+@pytest.mark.parametrize("suite", [LiberoStudy(), LiberoRetain()])
+def test_published_protocols_share_all_stored_states_and_say_so(suite):
+    assert {split: list(stored) for split, stored in suite.protocol.stored.items()} == {
+        "training": list(range(50)),
+        "evaluation": list(range(50)),
+    }
+    assert suite.shares == {"states", "sentences"}
 
 
 @pytest.mark.parametrize(
@@ -240,8 +260,18 @@ def test_tasks_are_those_of_the_benchmark(libero):  # noqa: F811
             assert sentence(file) == grab_language_from_filename(f"{file}.bddl")
 
 
+CONFORMING = [(check, SUITE, "object-0") for check in CHECKS] + [
+    (check, suite, task)
+    for check in CHECKS
+    if check is not memory_is_given_back  # slow, and of the same scenes
+    for suite, task in ((LiberoWrist(), "goal-0"), (LiberoStudy(), "spatial-0"), (LiberoRetain(), "long-7"))
+]
+
+
 @needs_libero
-@pytest.mark.parametrize("task", ["object-0"])
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_conformance(libero, check, task):  # noqa: F811
-    check(SUITE, task)
+@pytest.mark.parametrize(
+    ("check", "suite", "task"), [pytest.param(*of, id=f"{of[1].name}-{of[0].__name__}") for of in CONFORMING]
+)
+def test_conformance(libero, monkeypatch, check, suite, task):  # noqa: F811
+    monkeypatch.setattr(_libero_variants, "_DISTRACTORS", WITH_ASSETS)
+    check(suite, task)

@@ -2,14 +2,13 @@
 
 import gc
 import os
-import resource
 import shutil
 import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
-from libero_assets import NAMED, libero, needs_libero, unpacked  # noqa: F401
+from libero_assets import NAMED, WITH_ASSETS, libero, needs_libero, unpacked  # noqa: F401
 
 from perennial.errors import PerennialError
 from perennial.suites import _libero_variants
@@ -23,8 +22,6 @@ pytestmark = needs_libero
 
 SUITE = Libero()
 GOLDEN = Path(__file__).parents[1] / "golden" / "libero.npz"
-WITH_ASSETS = ("bbq_sauce", "black_book", "butter", "glazed_rim_porcelain_ramekin", "moka_pot", "plate", "wine_bottle")
-"""Distractors among those that the shared assets have."""
 REST = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 
 
@@ -107,17 +104,6 @@ def test_pictures_are_those_of_libero_pixel_for_pixel(libero):  # noqa: F811
         observed, *_ = reference.step(action.astype(np.float64))
         environment.step(action)
     environment.close()
-
-
-def test_many_resets_do_not_take_more_memory(libero):  # noqa: F811
-    environment = SUITE.make("object-0")
-    for index in range(5):
-        start(environment, index, "demonstration")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for index in range(40):
-        start(environment, index % 7, ("demonstration", "evaluation")[index % 2])
-    environment.close()
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 30_000  # kB
 
 
 @pytest.mark.skipif(bool(NAMED), reason="golden frames belong to the shared assets, and others are named")

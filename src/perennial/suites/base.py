@@ -100,6 +100,8 @@ class Suite(ABC):
         tasks: by name.
         sequences: named task orders.
         variants: names of shifted versions of every task; the first is the in-distribution one and is called "id".
+        shares: what training shares with evaluation because a published protocol does: "states" of the first variant,
+            "sentences". Empty is the rule.
         state_dim: length S of the proprioceptive state.
         action_dim: length D of an action.
         steps_per_second: environment steps of one process, without pictures, as far as measured; for plans only.
@@ -109,6 +111,7 @@ class Suite(ABC):
     tasks: Mapping[str, Task]
     sequences: Mapping[str, Sequence]
     variants: tuple[str, ...] = ("id",)
+    shares: frozenset[Literal["states", "sentences"]] = frozenset()
     state_dim: int
     action_dim: int
     steps_per_second: float = 100.0

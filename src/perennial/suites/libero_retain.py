@@ -26,6 +26,7 @@ class LiberoRetain(Libero):
     """The three target tasks of RETAIN with their shifted versions, and the twenty of the generalist."""
 
     name: ClassVar[str] = "libero_retain"
+    shares = frozenset({"states", "sentences"})
     protocol: ClassVar[Protocol] = Protocol(
         cameras=(THIRD_PERSON, WRIST),
         stored={"training": range(50), "evaluation": range(50)},

@@ -20,6 +20,7 @@ class LiberoStudy(Libero):
     """LIBERO with the shared states and the horizon of the study; training hears the sentence of evaluation."""
 
     name: ClassVar[str] = "libero_study"
+    shares = frozenset({"states", "sentences"})
     protocol: ClassVar[Protocol] = Protocol(
         stored={"training": range(50), "evaluation": range(50)},
         tasks=tasks(dict.fromkeys(HORIZONS, HORIZON), published=True),

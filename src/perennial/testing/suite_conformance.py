@@ -10,27 +10,44 @@ task if it passes all; `check_suite` runs them one after another.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any, get_args
+from multiprocessing import get_context
+from typing import Any, TypeVar, get_args
 
 import numpy as np
+import psutil
 
 from perennial.randomness import stream
 from perennial.suites.base import Environment, Split, Suite
 
 STEPS = 12
 """Length of the episodes of random actions that are compared."""
+RESETS, REBUILDS = 200, 4
+MOST = 10
+"""Megabytes that a process may grow by in the meantime; MuJoCo's suites grow by 0 to 2."""
+
+Answer = TypeVar("Answer")
 
 
 def sentences_of_evaluation_are_never_trained(suite: Suite, task: str) -> None:
-    """There are two training paraphrases at least, and no task is evaluated with a sentence that any task trains."""
+    """There are two training paraphrases at least, and no task is evaluated with a sentence that any task trains.
+
+    Of a suite that shares sentences, every task is trained with its own sentence of evaluation.
+    """
     ours = suite.tasks[task]
     assert ours.name == task
-    assert len(set(ours.instructions)) >= 2
+    if "sentences" in suite.shares:
+        assert ours.evaluation_instruction in ours.instructions
+    else:
+        assert len(set(ours.instructions)) >= 2
+        assert ours.evaluation_instruction not in ours.instructions
     for name, other in suite.tasks.items():
-        assert ours.evaluation_instruction not in other.instructions, name
         if name != task:
+            assert ours.evaluation_instruction not in other.instructions, name
             assert ours.evaluation_instruction != other.evaluation_instruction, name
             assert not set(ours.instructions) & set(other.instructions), name
 
@@ -65,6 +82,11 @@ def an_initial_state_is_always_the_same(suite: Suite, task: str) -> None:
         _assert_same(_episode(one), _episode(other))
 
 
+def an_initial_state_is_the_same_in_another_process(suite: Suite, task: str) -> None:
+    """Nothing that this process remembers or has drawn decides it."""
+    _assert_same(_in_another_process(_first_episode, suite, task), _first_episode(suite, task))
+
+
 def resets_forget_what_happened_before(suite: Suite, task: str) -> None:
     """An episode is the same after others have been played in the environment."""
     with _environments(suite, task) as (fresh, used):
@@ -87,15 +109,23 @@ def environments_do_not_disturb_each_other(suite: Suite, task: str) -> None:
 
 
 def splits_are_disjoint(suite: Suite, task: str) -> None:
-    """All initial states of all splits look different, in every variant."""
+    """All initial states of all splits look different, in every variant.
+
+    Of a suite that shares states, those of training and evaluation are the same in the first variant.
+    """
     for variant in suite.variants:
+        seen: dict[str, list[bytes]] = {split: [] for split in get_args(Split)}
         with _environments(suite, task, variant, image_size=128) as (environment, _):
-            seen = set()
-            for split in get_args(Split):
+            for split, states in seen.items():
                 for index in range(3):
                     state, _info = _reset(environment, split, index)
-                    seen.add((state.tobytes(), _image(environment).tobytes()))
-            assert len(seen) == 3 * len(get_args(Split)), variant
+                    states.append(state.tobytes() + _image(environment).tobytes())
+        if "states" in suite.shares and variant == suite.variants[0]:
+            assert seen["training"] == seen["evaluation"]
+        if "states" in suite.shares and seen["training"] == seen["evaluation"]:
+            del seen["evaluation"]
+        different = {state for states in seen.values() for state in states}
+        assert len(different) == 3 * len(seen), variant
 
 
 def variants_look_different(suite: Suite, task: str) -> None:
@@ -160,6 +190,19 @@ def closing_leaves_others_alone(suite: Suite, task: str) -> None:
         _assert_same(_episode(other), alone)
 
 
+def memory_is_given_back(suite: Suite, task: str) -> None:
+    """Many resets with pictures do not let a process grow, nor do environments that were made and closed."""
+    resets, rebuilds = _in_another_process(_growth, suite, task)
+    assert resets < MOST, f"{RESETS} resets with pictures took {resets:.0f} MB"
+    assert rebuilds < MOST, f"{REBUILDS} environments took {rebuilds:.0f} MB, though closed"
+
+
+IN_ANOTHER_PROCESS: tuple[Callable[[Suite, str], None], ...] = (
+    an_initial_state_is_the_same_in_another_process,
+    memory_is_given_back,
+)
+"""Checks that pickle the suite and start a fresh process, in which nothing is patched."""
+
 CHECKS: tuple[Callable[[Suite, str], None], ...] = (
     sentences_of_evaluation_are_never_trained,
     sequences_name_tasks_once,
@@ -173,6 +216,7 @@ CHECKS: tuple[Callable[[Suite, str], None], ...] = (
     the_expert_succeeds,
     idle_episodes_are_truncated_at_the_horizon,
     closing_leaves_others_alone,
+    *IN_ANOTHER_PROCESS,
 )
 
 
@@ -184,6 +228,49 @@ def check_suite(suite: Suite, task: str) -> None:
 
 Seen = tuple[np.ndarray, np.ndarray, Any, bool]
 """State, images, reward and success."""
+
+
+def _in_another_process(work: Callable[[Suite, str], Answer], suite: Suite, task: str) -> Answer:
+    """What `work` answers in a fresh process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(work, suite, task).result()
+
+
+def _first_episode(suite: Suite, task: str) -> list[Seen]:
+    with _environments(suite, task) as (environment, _):
+        return _episode(environment)
+
+
+def _growth(suite: Suite, task: str) -> tuple[float, float]:
+    """Megabytes by which resets with pictures, and then making and closing environments, let this process grow."""
+    environment = suite.make(task, suite.variants[0], 32)
+    before = _look_around(environment, RESETS // 4)
+    resets = _look_around(environment, RESETS) - before
+    environment.close()
+    sizes = []
+    for _ in range(2 + REBUILDS):
+        environment = suite.make(task, suite.variants[0], 32)
+        _look_around(environment, 1)
+        environment.close()
+        sizes.append(_megabytes())
+    return resets, sizes[-1] - sizes[1]
+
+
+def _look_around(environment: Environment, resets: int) -> float:
+    """Reset and draw so many times, and say how large the process is then."""
+    splits = get_args(Split)
+    for number in range(resets):
+        _reset(environment, splits[number % len(splits)], number % 7)
+        environment.render()
+    return _megabytes()
+
+
+def _megabytes() -> float:
+    """What this process holds, without what has been freed but not yet given back to the system."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # only the GNU C library has it
+        trim(0)
+    return float(psutil.Process().memory_info().rss / 2**20)
 
 
 @contextmanager
