@@ -57,7 +57,7 @@ def moves(count):
     return actions
 
 
-@pytest.mark.parametrize("task", ["object-5", "long-2"])
+@pytest.mark.parametrize("task", ["object-5", "long-2", "90-75"])
 def test_episodes_are_those_of_libero_bit_for_bit(libero, task):  # noqa: F811
     """Physics and state, after other episodes and from a remembered beginning."""
     environment = SUITE.make(task)  # chooses how to draw, before anything imports MuJoCo
