@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from perennial import cli, experiment, overrides
 from perennial.config import Config, Tasks
-from perennial.demonstrations.record import record_all
+from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
 from perennial.learning.grpo import GRPO
@@ -329,7 +329,7 @@ def test_a_folder_with_a_run_in_it_is_refused(run, config):
 def test_a_run_knows_its_checkpoint_and_its_demonstrations_from_everywhere(
     config, toy_checkpoint, tmp_path, monkeypatch, no_report
 ):
-    record_all(TOY, ("left", "right"), 1, tmp_path / "shown", workers=1)
+    record_all(TOY, ("left", "right"), 1, tmp_path / "shown", workers=1, settings=Settings(image_size=8))
     (tmp_path / "base").symlink_to(toy_checkpoint)
     monkeypatch.chdir(tmp_path)
     changes = {"policy.checkpoint": "base", "recipe": "sft", "recipe.sft.demonstrations": "shown"}

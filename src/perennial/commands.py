@@ -218,6 +218,8 @@ class Demos:
     """Number of the first initial state: record beyond another folder's to hold demonstrations out."""
     variant: str = "id"
     """Variant of the tasks."""
+    image_size: int = 64
+    """Side of the images in pixels: what the policy that will learn asks for, 224 or 256 for published ones."""
     image_every: int = 4
     """Environment steps from one image to the next."""
     suite: str = "metaworld"

@@ -117,7 +117,7 @@ def test_without_episodes_the_demonstrations_choose_and_nothing_is_played(folder
     monkeypatch.setattr(command, "sweep", lambda *_: pytest.fail("there is no simulator"))
     recorded = {name: tmp_path / name for name in ("demonstrations", "pretraining")}
     for folder, task in zip(recorded.values(), ("left", "right"), strict=True):
-        record_all(TOY, (task,), 2, folder, 1, lambda path: None, Settings(image_every=2))
+        record_all(TOY, (task,), 2, folder, 1, lambda path: None, Settings(image_size=8, image_every=2))
     command.command(options(folders, tmp_path, episodes=0, **recorded), Console(quiet=True))
     found = json.loads((tmp_path / "alpha.json").read_text())
     sums = [candidate["target_loss"] + candidate["base_loss"] for candidate in found["candidates"]]

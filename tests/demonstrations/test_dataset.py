@@ -14,6 +14,8 @@ SETTINGS = Settings(image_size=8, image_every=3)
 class Clerk:
     """Passes actions on as they are, so that one sees what a policy is given; K = C tokens, one a step."""
 
+    image_size = 2
+
     def __init__(self, chunk_steps):
         self.chunk_steps = chunk_steps
         self.token_steps = np.arange(chunk_steps)
@@ -48,6 +50,12 @@ def test_every_row_holds_the_actions_that_follow_its_image(lengths, image_every,
                 assert batch.mask[row, step] == (start + step < length)
             row += 1
     assert row == len(batch)
+
+
+def test_images_of_another_size_are_refused(tmp_path):
+    record(ToySuite(), "up-left", [0], tmp_path, Settings(image_size=12, image_every=3))
+    with pytest.raises(PerennialError, match=r"up-left has images of 12 x 12 pixels, .* --image-size 8"):
+        to_batch(load(tmp_path), ToyPolicy())
 
 
 def test_the_sample_is_the_policys_own(tmp_path):

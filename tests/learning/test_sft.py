@@ -21,7 +21,7 @@ TOY = "perennial.testing.toy"
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demonstrations") / "toy"
-    record_all(TOY, ("left", "right", "up"), 6, folder, 1, lambda path: None, Settings(image_every=2))
+    record_all(TOY, ("left", "right", "up"), 6, folder, 1, lambda path: None, Settings(image_size=8, image_every=2))
     return folder
 
 
@@ -83,8 +83,10 @@ def test_pretraining_data_keeps_what_it_shows(recorded):
     assert loss_on(mixed, recorded, "right") < loss_on(alone, recorded, "right") - 0.5
 
 
-def test_actions_and_states_are_normalised_as_in_pretraining(recorded):
+def test_actions_and_states_are_normalised_as_in_pretraining(tmp_path):
     """The base saw moves three times as wide; fine-tuning on narrow ones must not make them its whole range."""
+    recorded = tmp_path / "shown"
+    record_all(TOY, ("left",), 2, recorded, 1, lambda path: None, Settings(image_size=64, image_every=2))
     shown = load(recorded, ("left",))
     actions, states = (np.concatenate([getattr(one, name) for one in shown]) for name in ("actions", "states"))
     policy = OpenVLAOFT.fresh([one.instruction for one in shown], 3 * actions, 3 * states, seed=0)

@@ -16,7 +16,11 @@ STUDY = Study(
     orders={"reversed": ("right", "left")},
     overrides={"policy.checkpoint": "{folder}/base"},
     preparations=(
-        Preparation("demos", ("demos", "{folder}/demos", "--suite", TOY, "--count", "2", "--workers", "1"), ("*",)),
+        Preparation(
+            "demos",
+            ("demos", "{folder}/demos", "--suite", TOY, "--count", "2", "--image-size", "8", "--workers", "1"),
+            ("*",),
+        ),
         Preparation(
             "base",
             (

@@ -26,7 +26,7 @@ def record(options: Demos, console: Console) -> None:
         PerennialError: an unknown task, a number out of range, or see `record_all`.
     """
     suite = discovery.find("suites", options.suite, Suite)()
-    for name, least in (("count", 1), ("first", 0), ("image_every", 1), ("workers", 0)):
+    for name, least in (("count", 1), ("first", 0), ("image_size", 1), ("image_every", 1), ("workers", 0)):
         if getattr(options, name) < least:
             raise PerennialError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}."
@@ -51,7 +51,7 @@ def record(options: Demos, console: Console) -> None:
             options.out,
             workers,
             recorded,
-            Settings(variant=options.variant, image_every=options.image_every),
+            Settings(options.variant, options.image_size, options.image_every),
             options.first,
         )
     total, place = len(tasks) * options.count, escape(str(options.out))

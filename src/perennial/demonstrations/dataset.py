@@ -134,7 +134,17 @@ def to_batch(demonstrations: list[Demonstration], policy: Policy) -> Batch:
     """One row per image: what the policy sees there, and the expert's next `policy.chunk_steps` actions as its choice.
 
     A window that reaches past the end repeats the last action; tokens that begin to act there are masked.
+
+    Raises:
+        PerennialError: images are not of the size that the policy asks for.
     """
+    for demonstration in demonstrations:
+        if demonstration.images.shape[2:4] != (policy.image_size, policy.image_size):
+            height, width = demonstration.images.shape[2:4]
+            raise PerennialError(
+                f"A demonstration of {demonstration.task} has images of {height} x {width} pixels, but the policy asks "
+                f"for {policy.image_size}; record with --image-size {policy.image_size}, or resize them."
+            )
     windows, remaining = [], []
     for demonstration in demonstrations:
         length = len(demonstration.actions)
