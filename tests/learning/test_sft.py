@@ -86,7 +86,7 @@ def test_pretraining_data_keeps_what_it_shows(recorded):
 def test_actions_and_states_are_normalised_as_in_pretraining(tmp_path):
     """The base saw moves three times as wide; fine-tuning on narrow ones must not make them its whole range."""
     recorded = tmp_path / "shown"
-    record_all(TOY, ("left",), 2, recorded, 1, lambda path: None, Settings(image_size=64, image_every=2))
+    record_all(TOY, ("left",), 6, recorded, 1, lambda path: None, Settings(image_size=64, image_every=2))
     shown = load(recorded, ("left",))
     actions, states = (np.concatenate([getattr(one, name) for one in shown]) for name in ("actions", "states"))
     policy = OpenVLAOFT.fresh([one.instruction for one in shown], 3 * actions, 3 * states, seed=0)
