@@ -13,6 +13,7 @@ from perennial.studies.base import Method, Study
 
 ORDERS = {"door": ("a",), "plate": ("b",), "long": ("a", "b")}
 STUDY = Study(
+    description="",
     preset="demo",
     methods={
         "plain": Method(orders=("door", "plate", "long"), published={"ood": 71.0}),
