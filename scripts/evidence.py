@@ -244,7 +244,7 @@ LEVELS = (True, False, True, True)
 
 def shortened(whole: SuccessMatrix, length: int) -> SuccessMatrix:
     """What a run of the first `length` tasks would have shown."""
-    return SuccessMatrix(whole.trained[:length], whole.held_out, whole.successes[: length + 1])
+    return replace(whole, trained=whole.trained[:length], successes=whole.successes[: length + 1])
 
 
 def sequence_table() -> str:

@@ -138,7 +138,7 @@ def test_row_0_is_the_base_checkpoint_and_the_last_row_the_last_commit(run, toy_
             workers.broadcast(policy.acting_weights())
             for decoder, temperature in (("sampled", 1.0), ("greedy", 0.0)):
                 for task in TASKS:
-                    played = workers.collect(evaluation_episodes(ToySuite.tasks[task], "id", 6, temperature))
+                    played = workers.collect(evaluation_episodes(ToySuite(), task, "id", 6, temperature))
                     outcome = folder.cell(Cell(row, decoder, "id", task))
                     assert outcome.successes == tuple(int(t.success) for t in played)
                     assert outcome.env_steps == tuple(int(t.steps.sum()) for t in played)

@@ -162,7 +162,7 @@ def test_the_report_shows_every_trial(able, tmp_path, capsys, monkeypatch):
 
 def test_gate_episodes_are_neither_trained_on_nor_reported(able):
     made = config(able)
-    tasks = [ToySuite.tasks[name] for name in gating.guarded(made, 1)]
+    tasks = [ToySuite.tasks[name] for name in made.guarded(1)]
     episodes = gating._episodes(made, 1, tasks, range(3))
     assert [e.task for e in episodes] == ["left", "up-left"] * 3
     assert {e.split for e in episodes} == {"training"}
@@ -170,6 +170,14 @@ def test_gate_episodes_are_neither_trained_on_nor_reported(able):
     assert not any(e.instruction == ToySuite.tasks[e.task].evaluation_instruction for e in episodes)
     other = gating._episodes(made, 0, tasks, range(3))
     assert not {(e.task, e.initial_state) for e in episodes} & {(e.task, e.initial_state) for e in other}
+
+
+def test_where_states_are_finite_no_evidence_is_counted_twice(able, tmp_path):
+    gate = Gate(max_forgetting=60, max_task_forgetting=90, held_out=1)
+    run = experiment.start(config(able, suite="toyhouse.finite", gate=gate), "toy", tmp_path / "finite")
+    assert [row["trials"][0]["pairs"] for row in gates(run)] == [4, 8]
+    episodes = gating._episodes(config(able), 1, [ToySuite.tasks["left"]], range(4))
+    assert len({e.initial_state % 4 for e in episodes}) == 4
 
 
 @pytest.mark.parametrize("adapter", [LoRA(4, 4), None])

@@ -109,6 +109,10 @@ class Evaluation:
         _check_names("evaluation.decoders", self.decoders)
         _check_names("evaluation.variants", self.variants)
 
+    def temperature_of(self, decoder: str) -> float:
+        """Of action sampling; 0 is greedy."""
+        return self.temperature if decoder == "sampled" else 0.0
+
 
 @dataclass(frozen=True)
 class Config:
@@ -149,6 +153,11 @@ class Config:
     def phases(self) -> tuple[tuple[str, ...], ...]:
         """The tasks learned together, phase by phase; a row of the success matrix follows each phase."""
         return (self.tasks.trained,) if self.schedule == "joint" else tuple((task,) for task in self.tasks.trained)
+
+    def guarded(self, phase: int) -> tuple[str, ...]:
+        """The tasks that phase `phase` must not harm: those taught before, and the first held-out ones."""
+        taught = [task for names in self.phases[:phase] for task in names]
+        return (*taught, *self.tasks.held_out[: self.gate.held_out])
 
 
 def settled(config: Config) -> Config:
@@ -196,7 +205,7 @@ def validate_settings(config: Config) -> Config:
     _check_strategies(config, policy)
     for tracker in config.trackers:
         discovery.load("tracking", tracker)
-    _check_gate(config)
+    _check_gate(config, suite)
     _check_ranges(config)
     for stage in config.recipe:
         stage.optimizer.check()
@@ -263,8 +272,8 @@ def _check_methods(part: Objective | Strategy, name: str, policy: type[Policy]) 
             )
 
 
-def _check_gate(config: Config) -> None:
-    """There is something to guard, and one policy to judge."""
+def _check_gate(config: Config, suite: Suite) -> None:
+    """There is something to guard, one policy to judge, and enough initial states to judge it."""
     config.gate.check()
     if config.gate.max_forgetting is None:
         return
@@ -274,10 +283,18 @@ def _check_gate(config: Config) -> None:
                 f"A gate cannot guard what {strategy.name!r} makes, as {why}; leave out --gate.max_forgetting or "
                 f"{strategy.name!r}."
             )
-    if len(config.phases) == 1 and not config.tasks.held_out[: config.gate.held_out]:
+    guarded = config.guarded(len(config.phases) - 1)
+    if not guarded:
         raise PerennialError(
             "The gate has nothing to guard, as no task is taught before another; guard held-out tasks by "
             "--tasks.held_out and --gate.held_out."
+        )
+    gate = config.gate.limited(suite, guarded)
+    if gate != config.gate and not gate.can_show():
+        raise PerennialError(
+            f"The gate can never show that success falls by less than {gate.max_forgetting:g} points, as "
+            f"{len(guarded)} guarded tasks with their few initial states give {gate.pairs} pairs of episodes; raise "
+            "--gate.max_forgetting or --gate.held_out."
         )
 
 

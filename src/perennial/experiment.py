@@ -219,12 +219,13 @@ def _evaluate_row(session: Session, row: int) -> None:
         session.display.begin(f"evaluating {cell.task} ({cell.decoder})")
         task = session.suite.tasks[cell.task]
         _cast(session, task)
-        temperature = config.temperature if cell.decoder == "sampled" else 0.0
-        episodes = evaluation_episodes(task, cell.variant, config.episodes, temperature)
+        temperature = config.temperature_of(cell.decoder)
+        episodes = evaluation_episodes(session.suite, cell.task, cell.variant, config.episodes, temperature)
         played = session.workers.collect(episodes, session.display.episode)
         faults.point("evaluate")
         steps = [int(t.steps.sum()) for t in played]
-        session.folder.write_cell(cell, [t.success for t in played], steps)
+        states = session.suite.states(cell.task, "evaluation", cell.variant)
+        session.folder.write_cell(cell, [t.success for t in played], steps, states)
         figures = {"episodes": len(played), "env_steps": sum(steps), "seconds": time.monotonic() - begun}
         session.folder.log("timings", {"event": "evaluation", **asdict(cell), **figures})
         session.stop_if_asked()
@@ -260,6 +261,6 @@ def _film(session: Session, row: int, task: Task) -> None:
     if not target.exists():
         session.display.begin(f"filming {task.name}")
         _cast(session, task)
-        episode = replace(evaluation_episodes(task, "id", 1, 0.0)[0], film=session.config.evaluation.film)
-        played = session.workers.collect([episode])[0]
+        (episode,) = evaluation_episodes(session.suite, task.name, "id", 1, 0.0)
+        played = session.workers.collect([replace(episode, film=session.config.evaluation.film)])[0]
         video.encode(played.frames, target, fps=20)

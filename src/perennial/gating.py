@@ -23,19 +23,13 @@ from perennial.strategies._weights import between, looking_through, restore
 from perennial.suites.base import Task
 
 STATES = 1_000_000
-"""Training states from here on belong to the gate, so many for every phase; nothing is taught on them."""
+"""Training states from here on belong to the gate, so many for every phase; nothing is taught on them if all differ."""
 
 
 def keep_base(session: Session) -> None:
     """Keep the weights that the first task starts from, as the gate may go back to them."""
     if session.config.gate.max_forgetting is not None:
         session.folder.save_task(0, "base", session.write_learned)
-
-
-def guarded(config: Config, phase: int) -> tuple[str, ...]:
-    """The tasks that learning phase `phase` must not harm: those taught before, and the first held-out ones."""
-    taught = [task for names in config.phases[:phase] for task in names]
-    return (*taught, *config.tasks.held_out[: config.gate.held_out])
 
 
 def pass_gate(session: Session, phase: int) -> None:
@@ -45,7 +39,7 @@ def pass_gate(session: Session, phase: int) -> None:
     and comes to the same end.
     """
     config = session.config
-    names = guarded(config, phase)
+    names = config.guarded(phase)
     if config.gate.max_forgetting is None or not names:
         return
     begun, steps = time.monotonic(), 0
@@ -69,7 +63,7 @@ def pass_gate(session: Session, phase: int) -> None:
         steps += sum(int(t.steps.sum()) for t in played)
         return np.array([t.success for t in played]).reshape(len(rounds), len(tasks))
 
-    trials = judge(config.gate, len(tasks), play)
+    trials = judge(config.gate.limited(session.suite, names), len(tasks), play)
     kept = trials[-1].scale if trials[-1].passed else 0.0
     restore(policy, weights(kept))
     row = _row(config, phase, names, kept, trials)
@@ -81,7 +75,7 @@ def pass_gate(session: Session, phase: int) -> None:
 
 def _episodes(config: Config, phase: int, tasks: Sequence[Task], rounds: range) -> list[Episode]:
     """One episode of every task in every round, told in training words, by the decoder of the headline."""
-    temperature = config.evaluation.temperature if config.evaluation.decoders[0] == "sampled" else 0.0
+    temperature = config.evaluation.temperature_of(config.evaluation.decoders[0])
     return [
         Episode(
             task=task.name,

@@ -241,7 +241,7 @@ def measure(options: Pretrain, checkpoint: Path, tasks: list[str], console: Cons
     with closing(start_workers(WorkerConfig(), cast, weights)) as workers:
         for name in track(tasks, "measuring", console=console):
             for decoder, temperature in (("sampled", 1.0), ("greedy", 0.0)):
-                played = workers.collect(evaluation_episodes(suite.tasks[name], "id", options.episodes, temperature))
+                played = workers.collect(evaluation_episodes(suite, name, "id", options.episodes, temperature))
                 success.setdefault(name, {})[decoder] = sum(t.success for t in played) / len(played)
             console.print(f"{name}  {success[name]}", highlight=False)
     return success

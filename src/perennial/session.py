@@ -13,6 +13,7 @@ from rich.markup import escape
 from perennial import discovery
 from perennial.config import Config
 from perennial.display import Display
+from perennial.evaluation.evaluate import episode_count
 from perennial.interrupt import InterruptedRunError, TwoStageInterrupt
 from perennial.learning.base import Objective
 from perennial.learning.optimizer import build_optimizer, optimised
@@ -156,21 +157,32 @@ def cells(config: Config, row: int) -> list[Cell]:
     ]
 
 
+def _all_cells(config: Config) -> list[Cell]:
+    return [cell for row in range(len(config.phases) + 1) for cell in cells(config, row)]
+
+
+def played_in(config: Config, suite: Suite, cell: Cell) -> int:
+    """How many episodes make a cell."""
+    chosen = config.evaluation
+    return episode_count(suite, cell.task, cell.variant, chosen.episodes, chosen.temperature_of(cell.decoder))
+
+
 def total_episodes(config: Config) -> int:
     """All episodes of the run, training and evaluation."""
     learning = sum(_stage_episodes(config, stage) * stage.iterations for stage in config.recipe)
-    rows = len(config.phases) + 1
-    return learning * len(config.tasks.trained) + rows * len(cells(config, 0)) * config.evaluation.episodes
+    suite = discovery.find("suites", config.suite, Suite)()
+    return learning * len(config.tasks.trained) + sum(played_in(config, suite, cell) for cell in _all_cells(config))
 
 
 def done_episodes(config: Config, folder: RunFolder, cursor: Cursor) -> int:
     """Those of them that are committed."""
-    evaluated = sum(folder.has_cell(cell) for row in range(len(config.phases) + 1) for cell in cells(config, row))
+    suite = discovery.find("suites", config.suite, Suite)()
+    evaluated = sum(played_in(config, suite, cell) for cell in _all_cells(config) if folder.has_cell(cell))
     per_stage = [_stage_episodes(config, stage) * stage.iterations for stage in config.recipe]
     done = len(config.phases[0]) * (cursor.phase * sum(per_stage) + sum(per_stage[: cursor.stage]))
     if cursor.iteration:
         done += cursor.iteration * _stage_episodes(config, config.recipe[cursor.stage])
-    return done + evaluated * config.evaluation.episodes
+    return done + evaluated
 
 
 def _stage_episodes(config: Config, stage: Objective) -> int:

@@ -1,5 +1,6 @@
 """The gate on policies whose outcomes are drawn from known probabilities."""
 
+from dataclasses import replace
 from functools import cache
 from math import log
 
@@ -8,6 +9,8 @@ import pytest
 
 from perennial.evaluation.gate import BLOCK, Gate, decide, judge
 from perennial.evaluation.sequential import log_evidence
+from perennial.testing.toy import ToySuite
+from toyhouse.finite import FiniteSuite
 
 GATE = Gate(max_forgetting=10)
 
@@ -104,6 +107,20 @@ def test_at_the_cap_the_measured_drops_decide():
     assert decide(gate, differences, 0.05, last=False) is None
     differences[6, 0], differences[:2, 1] = 0, 0  # 6 of 60 and 6 of 30 are exactly at both margins
     assert decide(gate, differences, 0.05, last=True) == (True, False)
+
+
+def test_where_states_are_finite_each_is_played_once():
+    gate = Gate(max_forgetting=10, pairs=400)
+    assert gate.limited(ToySuite(), ["left", "right"]) == gate
+    assert gate.limited(FiniteSuite(), ["left", "right", "up"]) == replace(gate, pairs=3 * 4)
+    assert replace(gate, pairs=5).limited(FiniteSuite(), ["left", "right"]).pairs == 5
+
+
+def test_what_can_be_shown_is_what_equal_outcomes_show():
+    for pairs in (150, 170, 190, 192):
+        gate = Gate(max_forgetting=3, pairs=pairs)
+        (trial, *_) = judge(gate, 2, lambda scale, rounds: np.ones((len(rounds), 2), bool))
+        assert gate.can_show() == trial.shown
 
 
 def errors(drop, runs, gate, same):

@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import hypothesis.extra.numpy as arrays
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from matrices import HAND_MADE, matrix_of_rates, simulated
-from scipy.stats import ttest_1samp, ttest_rel
+from scipy.stats import binomtest, ttest_1samp, ttest_rel
 
 from perennial.errors import PerennialError
 from perennial.evaluation import statistics
@@ -34,6 +36,57 @@ def test_wilson_intervals_as_published(successes, episodes, low, high):
     estimate = wilson(successes, episodes)
     assert (estimate.low, estimate.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
     assert (estimate.value, estimate.n) == (successes / episodes, episodes)
+
+
+@given(st.integers(1, 400), st.floats(0, 1))
+def test_wilson_intervals_are_those_of_scipy(episodes, share):
+    successes = round(share * episodes)
+    expected = binomtest(successes, episodes).proportion_ci(method="wilson")
+    found = wilson(successes, episodes)
+    assert (found.low, found.high) == (pytest.approx(expected.low, abs=1e-12), pytest.approx(expected.high, abs=1e-12))
+    assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+def test_episodes_from_few_states_tell_no_more_than_the_states():
+    few, many = wilson(25, 50), wilson(160, 320, states=50)
+    assert (many.low, many.high, many.n) == (few.low, few.high, 320)
+    assert wilson(20, 40, states=50) == wilson(20, 40)
+
+
+def repeated(matrix, times, states):
+    """The same matrix, as if its states were `states` played one after another, and then all again."""
+    rows = tuple({task: np.tile(row[task], times) for task in row} for row in matrix.successes)
+    return replace(matrix, successes=rows, states=dict.fromkeys(matrix.tasks, states))
+
+
+def test_copies_of_episodes_change_no_interval():
+    matrix = simulated(HAND_MADE, 3, 50, np.random.default_rng(2))
+    once, copied = summary(matrix), summary(repeated(matrix, 6, 50))
+    for name, estimate in once.items():
+        assert copied[name] == replace(estimate, n=6 * estimate.n)
+    naive = summary(replace(repeated(matrix, 6, 50), states={}))
+    assert naive["avg"].high - naive["avg"].low < 0.5 * (once["avg"].high - once["avg"].low)
+    assert (
+        mean_difference([(repeated(matrix, 6, 50),) * 2] * 2)["avg"].high
+        == mean_difference([(matrix,) * 2] * 2)["avg"].high
+    )
+
+
+def test_states_are_resampled_with_all_their_episodes():
+    """Seven episodes in three states: the first state has three, which succeed, the others two each, which fail."""
+    outcomes = np.array([[1.0, 0, 0, 1, 0, 0, 1]])
+    found = statistics._resample(outcomes, 400, 0.0, np.random.default_rng(0), states=3)
+    assert {round(rate, 9) for rate in found.ravel()} == {round(3 * k / (3 * k + 2 * (3 - k)), 9) for k in range(4)}
+    assert set(statistics._resample(outcomes, 400, 0.0, np.random.default_rng(0), states=9).ravel() * 7) <= set(
+        range(8)
+    )
+
+
+def test_episodes_that_only_share_a_state_by_name_are_as_good_as_others():
+    rng = np.random.default_rng(3)
+    matrix = SuccessMatrix(("a",), (), ({"a": rng.random(1000) < 0.5},), {"a": 50})
+    found = summary(matrix)["avg"]
+    assert found.high - found.low == pytest.approx(2 * 1.96 * (0.25 / 1000) ** 0.5, rel=0.3)
 
 
 def test_values_and_episodes_of_a_matrix_computed_by_hand():

@@ -154,7 +154,7 @@ def decisions(policy, task, seed):
     from perennial.rollout.trajectory import to_batch
 
     suite = ToySuite()
-    episodes = [replace(e, keep=True) for e in evaluation_episodes(suite.tasks[task], "id", 6, 1.0)]
+    episodes = [replace(e, keep=True) for e in evaluation_episodes(suite, task, "id", 6, 1.0)]
     batch = to_batch(play(policy, Environments(suite, 8), episodes, seed, 8), policy.token_steps)
     assert len(batch) <= 64
     return batch

@@ -80,7 +80,7 @@ def test_work_is_the_episodes_that_are_played():
     assert found.decisions == 3 * 8 * sum(-(-horizon // steps) for horizon in learned)
     assert found.rows == (5 * found.decisions,)
     shown = [*config.tasks.trained, *config.tasks.held_out]
-    games = [len(evaluation_episodes(suite.tasks[n], "id", config.evaluation.episodes, 1.0)) for n in shown]
+    games = [len(evaluation_episodes(suite, n, "id", config.evaluation.episodes, 1.0)) for n in shown]
     rows = (len(learned) + 1) * len(config.evaluation.decoders)
     evaluated = rows * sum(n * suite.tasks[name].horizon for n, name in zip(games, shown, strict=True))
     assert found.env_steps == 3 * 8 * sum(learned) + evaluated

@@ -89,6 +89,22 @@ def test_sentences_of_every_task(task):
         sentences_of_evaluation_are_never_trained(SUITE, task)
 
 
+@pytest.mark.parametrize(("suite", "training", "evaluation"), [(SUITE, 40, 10), (LiberoStudy(), 50, 50)])
+def test_stored_states_are_finite_and_drawn_ones_are_not(suite, training, evaluation):
+    for variant in ("id", "camera"):
+        assert (suite.states("spatial-0", "training", variant), suite.states("spatial-0", "evaluation", variant)) == (
+            training,
+            evaluation,
+        )
+    assert suite.states("spatial-0", "demonstration") is None
+
+
+def test_rewritten_problems_have_ever_new_states():
+    suite = LiberoRetain()
+    assert suite.states("long-2", "evaluation") == suite.states("spatial-0", "training") == 50
+    assert {suite.states("long-2", "evaluation", variant) for variant in suite.variants[1:]} == {None}
+
+
 def test_retain_has_three_targets_and_five_tasks_of_each_other_suite():
     assert TARGETS == ("long-2", "long-4", "long-7")
     assert len(GENERALIST) == 20

@@ -13,14 +13,15 @@ M (single task) and the drop in success on the states it draws from:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import numpy as np
 
 from perennial.errors import PerennialError
 from perennial.evaluation.sequential import interval, is_above, is_below
+from perennial.suites.base import Suite
 
 BLOCK = 32
 """Pairs of episodes between two looks, at most, unless a round has more tasks."""
@@ -70,6 +71,19 @@ class Gate:
             raise PerennialError(
                 f"--gate.scales is {','.join(map(str, self.scales))}, but they must be above 0 and below 1, each once."
             )
+
+    def limited(self, suite: Suite, tasks: Sequence[str]) -> Self:
+        """The same gate with no more `pairs` than these guarded tasks have distinct training states together.
+
+        From a state that was played before the pair would be no new evidence: it is the same again if greedy, and
+        depends on the one before if sampled.
+        """
+        counts = [count for task in tasks if (count := suite.states(task, "training")) is not None]
+        return replace(self, pairs=min(self.pairs, len(tasks) * min(counts))) if counts else self
+
+    def can_show(self) -> bool:
+        """Whether an update under which nothing changes is shown to be safe within all `pairs`."""
+        return is_below(np.zeros(self.pairs), self.margins[0], self.alpha / 2)
 
     @property
     def margins(self) -> tuple[float, float]:

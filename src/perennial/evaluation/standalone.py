@@ -55,15 +55,16 @@ def evaluate(options: Evaluate, console: Console) -> None:
     with closing(start_workers(sized, cast, actor.policy.acting_weights())) as workers:
         for name in track(options.tasks or actor.tasks, "evaluating", console=console, disable=options.json):
             workers.broadcast(actor.strategies.policy_for(suite.tasks[name], actor.policy))
-            episodes = evaluation_episodes(suite.tasks[name], variant, options.episodes, temperature)
+            episodes = evaluation_episodes(suite, name, variant, options.episodes, temperature)
             successes = [t.success for t in workers.collect(episodes)]
-            rate = percent(wilson(sum(successes), len(successes)))
+            states = suite.states(name, "evaluation", variant)
+            rate = percent(wilson(sum(successes), len(successes), states))
             assert rate is not None
             rows.append({"task": name, **rate})
     if options.json:
         print(json.dumps({"variant": variant, "temperature": temperature, "seed": cast.seed, "tasks": rows}))
     else:
-        console.print(_table(rows, options.episodes, variant, temperature))
+        console.print(_table(rows, variant, temperature))
 
 
 def _actor(options: Evaluate) -> Actor:
@@ -150,9 +151,9 @@ def _from_checkpoint(options: Evaluate) -> Actor:
     return Actor(policy, Strategies(), cast, WorkerConfig(), tuple(suite.tasks), suite.variants[0], 1.0)
 
 
-def _table(rows: list[dict[str, Any]], episodes: int, variant: str, temperature: float) -> Table:
+def _table(rows: list[dict[str, Any]], variant: str, temperature: float) -> Table:
     decoder = "greedy" if temperature == 0 else f"sampled at temperature {temperature:g}"
-    table = Table(title=f"Success, {episodes} episodes a task, {decoder}, variant {variant}")
+    table = Table(title=f"Success, {max(row['n'] for row in rows)} episodes a task, {decoder}, variant {variant}")
     for column in ("task", "success", "95 % interval"):
         table.add_column(column)
     for row in rows:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 
@@ -59,12 +60,18 @@ _LEVELS: dict[str, Limits] = {name: (0.0 if name in RATES else -1.0, 1.0) for na
 _CHANGES: dict[str, Limits] = {name: (low - high, high - low) for name, (low, high) in _LEVELS.items()}
 
 
-def wilson(successes: int, episodes: int) -> Estimate:
-    """Success rate of one cell with its Wilson score interval (Wilson 1927, JASA 22); `episodes` is at least 1."""
-    from scipy.stats import binomtest
+def wilson(successes: int, episodes: int, states: int | None = None) -> Estimate:
+    """Success rate of one cell with its Wilson score interval (Wilson 1927, JASA 22); `episodes` is at least 1.
 
-    interval = binomtest(successes, episodes).proportion_ci(CONFIDENCE, method="wilson")
-    return Estimate(successes / episodes, float(interval.low), float(interval.high), episodes)
+    Where there are fewer initial `states` than episodes, the interval is that of as many episodes as states: episodes
+    from one state may all end alike, which is the largest design effect there is (Kish 1965, Survey Sampling, 5.4).
+    """
+    n, rate = min(states or episodes, episodes), successes / episodes
+    squared = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) ** 2 / n
+    middle = (rate + squared / 2) / (1 + squared)
+    half = math.sqrt(squared * (rate * (1 - rate) + squared / 4)) / (1 + squared)
+    low, high = min(max(middle - half, 0.0), rate), max(min(middle + half, 1.0), rate)  # at 0 and 1 despite rounding
+    return Estimate(rate, low, high, episodes)
 
 
 def summary(matrix: SuccessMatrix) -> Summary:
@@ -241,19 +248,30 @@ def _resampled_rates(matrices: Sequence[SuccessMatrix], resamples: int, key: Key
         if not places:
             continue
         outcomes = np.stack([matrices[i].successes[row][task] for i, row in places]).astype(float)
-        drawn = _resample(outcomes, resamples, PSEUDO_EPISODES / averaged, stream(0, "bootstrap", *key, task))
+        rng, states = stream(0, "bootstrap", *key, task), matrices[0].states.get(task)
+        drawn = _resample(outcomes, resamples, PSEUDO_EPISODES / averaged, rng, states)
         for (i, row), values in zip(places, drawn.T, strict=True):
             rates[i][:, row, matrices[i].tasks.index(task)] = values
     return rates
 
 
-def _resample(outcomes: np.ndarray, resamples: int, pseudo: float, rng: np.random.Generator) -> np.ndarray:
-    """Rates [resamples, rows] of states drawn with replacement from `outcomes` [rows, episodes] and pseudo-episodes."""
-    rows, n = outcomes.shape
+def _resample(
+    outcomes: np.ndarray, resamples: int, pseudo: float, rng: np.random.Generator, states: int | None = None
+) -> np.ndarray:
+    """Rates [resamples, rows] of states drawn with replacement from `outcomes` [rows, episodes] and pseudo-episodes.
+
+    A state brings all episodes from it, see `SuccessMatrix.states`, and a pseudo-state as many as a state has.
+    """
+    rows, episodes = outcomes.shape
+    n, each = episodes, np.ones(episodes)
+    if states is not None and states < episodes:
+        beginning = np.eye(states)[np.arange(episodes) % states]
+        n, each, outcomes = states, beginning.sum(0), outcomes @ beginning
     flips = rng.binomial(n, pseudo / (n + pseudo), size=resamples)
     counts = rng.multinomial(n - flips, np.full(n, 1 / n))
     heads = rng.binomial(flips[:, None], 0.5, size=(resamples, rows))
-    return np.asarray((counts @ outcomes.T + heads) / n)
+    size = episodes / n
+    return np.asarray((counts @ outcomes.T + size * heads) / (counts @ each + size * flips)[:, None])
 
 
 def _metric(metric: Metric, rates: np.ndarray, matrix: SuccessMatrix) -> np.ndarray:

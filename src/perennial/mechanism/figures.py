@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -24,12 +25,12 @@ from perennial.policies.base import Batch, Policy
 from perennial.policies.lora import set_trainable
 from perennial.reports.record import Record, read
 from perennial.reports.summary import percent
-from perennial.rollout.trajectory import to_batch
+from perennial.rollout.trajectory import Episode, to_batch
 from perennial.rollout.workers import Workers, start_workers
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies._weights import looking_through
 from perennial.strategies.ewc import fisher_diagonal
-from perennial.suites.base import Suite, Task
+from perennial.suites.base import Suite
 
 DECISIONS = 64
 """Decisions of each task, evenly spread over its episodes, on which Fisher information and divergence are measured."""
@@ -156,32 +157,33 @@ def _play(
                 progress.update(bar, description=f"playing {name} at scale {scale:g}")
                 task = suite.tasks[name]
                 workers.broadcast(linear(weights, final.strategies.policy_for(task, final.policy), scale))
-                outcomes[name], decisions = _episodes(workers, task, episodes, temperature, scale == 0, base.policy)
+                asked = evaluation_episodes(suite, name, "id", episodes, temperature)
+                outcomes[name], decisions = _episodes(workers, asked, scale == 0, base.policy)
                 if decisions is not None:
                     batches[name] = decisions
                 progress.advance(bar)
-            levels.append({"scale": scale, **_rates(chosen, outcomes)})
+            levels.append({"scale": scale, **_rates(chosen, outcomes, suite)})
     return levels, batches
 
 
 def _episodes(
-    workers: Workers, task: Task, episodes: int, temperature: float, keep: bool, policy: Policy
+    workers: Workers, asked: Sequence[Episode], keep: bool, policy: Policy
 ) -> tuple[list[bool], Batch | None]:
     """Outcomes of the evaluation episodes of a task, and some of their decisions if `keep`."""
-    asked = [replace(e, keep=keep) for e in evaluation_episodes(task, "id", episodes, temperature)]
-    played = workers.collect(asked)
+    played = workers.collect([replace(episode, keep=keep) for episode in asked])
     decisions = None
     if keep:
         decisions = to_batch(played, policy.token_steps).spread(DECISIONS)
     return [trajectory.success for trajectory in played], decisions
 
 
-def _rates(chosen: Scope, outcomes: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
+def _rates(chosen: Scope, outcomes: Mapping[str, Sequence[bool]], suite: Suite) -> dict[str, Any]:
     """Rates with intervals: pooled over taught and over held-out tasks, and task by task."""
 
     def rate(tasks: Sequence[str]) -> dict[str, float] | None:
         pooled = [success for task in tasks for success in outcomes[task]]
-        return percent(wilson(sum(pooled), len(pooled))) if pooled else None
+        states = sum(min(suite.states(task, "evaluation") or math.inf, len(outcomes[task])) for task in tasks)
+        return percent(wilson(sum(pooled), len(pooled), int(states))) if pooled else None
 
     tasks = {task: rate([task]) for task in chosen.tasks}
     return {"taught": rate(chosen.taught), "held_out": rate(chosen.held_out), "tasks": tasks}

@@ -8,7 +8,7 @@ from perennial import discovery
 from perennial.config import Config
 from perennial.planning.estimate import Work
 from perennial.planning.reading import decisions, horizons
-from perennial.session import cells
+from perennial.session import cells, played_in
 from perennial.suites.base import Suite
 
 
@@ -30,7 +30,7 @@ def work_of(config: Config, steps: int) -> Work:
             rows[number] += times * stage.rows(played)
             env_steps += times * sum(horizons(config, stage, phase))
     suite = discovery.find("suites", config.suite, Suite)()
-    row = [suite.tasks[cell.task].horizon for cell in cells(config, 0)]
-    times = (len(config.phases) + 1) * config.evaluation.episodes
-    evaluated = times * sum(math.ceil(horizon / steps) for horizon in row)
-    return Work(decided, evaluated, tuple(rows), env_steps + times * sum(row))
+    row = [(played_in(config, suite, cell), suite.tasks[cell.task].horizon) for cell in cells(config, 0)]
+    times = len(config.phases) + 1
+    evaluated = times * sum(count * math.ceil(horizon / steps) for count, horizon in row)
+    return Work(decided, evaluated, tuple(rows), env_steps + times * sum(count * horizon for count, horizon in row))

@@ -162,7 +162,9 @@ def heat_map(record: Record, variant: str, decoder: str) -> dict[str, Any]:
     rows = []
     for row, (name, outcomes) in enumerate(zip(record.row_names, matrix.successes, strict=True)):
         just_taught = record.phases[row - 1] if row else ()
-        cells = [_heat_cell(task, outcomes.get(task), task in just_taught) for task in matrix.tasks]
+        cells = [
+            _heat_cell(task, outcomes.get(task), matrix.states.get(task), task in just_taught) for task in matrix.tasks
+        ]
         rows.append({"label": f"after {name}" if row else name, "cells": cells})
     shifted = "" if variant == "id" else f", {VARIANTS.get(variant, variant)}"
     return {
@@ -171,14 +173,15 @@ def heat_map(record: Record, variant: str, decoder: str) -> dict[str, Any]:
         "variant": variant,
         "columns": matrix.tasks,
         "trained": len(matrix.trained),
+        "repeated": matrix.repeated,
         "rows": rows,
     }
 
 
-def _heat_cell(task: str, outcome: np.ndarray | None, just_taught: bool) -> dict[str, Any]:
+def _heat_cell(task: str, outcome: np.ndarray | None, states: int | None, just_taught: bool) -> dict[str, Any]:
     if outcome is None:
         return {"just_taught": just_taught, "rate": None}
-    estimate = percent(wilson(int(outcome.sum()), len(outcome)))
+    estimate = percent(wilson(int(outcome.sum()), len(outcome), states))
     assert estimate is not None
     return shown_rate(task, estimate, just_taught)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from rich.table import Table
@@ -74,7 +75,7 @@ def _runs(study: Study, results: Results, method: str) -> list[dict[int, Result]
 def _cut(group: Mapping[int, Result], variant: str, decoder: str, rows: slice) -> dict[int, SuccessMatrix]:
     """Seed -> the success matrix up to some row."""
     of = {seed: result.matrices[variant, decoder] for seed, result in group.items()}
-    return {seed: SuccessMatrix(m.trained, m.held_out, m.successes[rows]) for seed, m in of.items()}
+    return {seed: replace(m, successes=m.successes[rows]) for seed, m in of.items()}
 
 
 def _versus(own: Mapping[str, Groups], other: Mapping[str, Groups]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class Record:
         """The main variant's success matrix of the phases that are done, as if the run had ended then."""
         done, matrix = self.phases_done, self.matrix(decoder)
         taught = tuple(task for phase in self.phases[:done] for task in phase)
-        return SuccessMatrix(taught, self.held_out, matrix.successes[: done + 1]) if done else None
+        return replace(matrix, trained=taught, successes=matrix.successes[: done + 1]) if done else None
 
     def lines(self, phase: int) -> list[Mapping[str, Any]]:
         """The iterations of a phase, counted from 0, its stages one after another."""

@@ -36,10 +36,12 @@ class Outcome:
     Attributes:
         successes: 1 or 0.
         env_steps: environment steps that the episode took.
+        states: how many initial states there are if they are finite; they are played in turn.
     """
 
     successes: tuple[int, ...]
     env_steps: tuple[int, ...]
+    states: int | None = None
 
 
 def cell_path(evaluations: Path, cell: Cell) -> Path:
@@ -54,6 +56,8 @@ def write_cell(evaluations: Path, cell: Cell, outcome: Outcome) -> None:
         PerennialError: the disk is full or cannot be written.
     """
     content = {"row": cell.row, "decoder": cell.decoder, "variant": cell.variant, "task": cell.task} | asdict(outcome)
+    if outcome.states is None:
+        del content["states"]
     write_json(cell_path(evaluations, cell), content | {"sha256": _digest(content)})
 
 
@@ -77,7 +81,7 @@ def _read(path: Path) -> tuple[Cell, Outcome] | None:
         if content.pop("sha256") != _digest(content):
             return None
         cell = Cell(content["row"], content["decoder"], content["variant"], content["task"])
-        return cell, Outcome(tuple(content["successes"]), tuple(content["env_steps"]))
+        return cell, Outcome(tuple(content["successes"]), tuple(content["env_steps"]), content.get("states"))
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
 

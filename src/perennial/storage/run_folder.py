@@ -247,18 +247,21 @@ class RunFolder:
         atomic.verify(self._task(index, name))
         return self._task(index, name)
 
-    def write_cell(self, cell: Cell, successes: Sequence[bool | int], env_steps: Sequence[int]) -> None:
+    def write_cell(
+        self, cell: Cell, successes: Sequence[bool | int], env_steps: Sequence[int], states: int | None = None
+    ) -> None:
         """Keep one evaluated cell of the success matrix.
 
         Args:
             cell: which one.
             successes: of the episodes, in the order of the evaluation initial states.
             env_steps: of the same episodes.
+            states: see `Outcome`.
 
         Raises:
             PerennialError: the disk is full or cannot be written.
         """
-        write_cell(self._evaluations, cell, Outcome(tuple(map(int, successes)), tuple(map(int, env_steps))))
+        write_cell(self._evaluations, cell, Outcome(tuple(map(int, successes)), tuple(map(int, env_steps)), states))
 
     def cell(self, cell: Cell) -> Outcome | None:
         """The outcome of one cell; None if it was not evaluated or its file is damaged."""

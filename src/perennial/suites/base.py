@@ -132,6 +132,10 @@ class Suite(ABC):
         """
         return
 
+    def states(self, task: str, split: Split, variant: str = "id") -> int | None:
+        """How many initial states there are if they are finite: then index n is state n modulo this number."""
+        return None
+
     def expert(self, task: str) -> Expert | None:
         """The scripted expert of `task`, if there is one."""
         return None

@@ -76,6 +76,11 @@ class Libero(base.Suite):
         shift(task, variant)
         return LiberoEnvironment(self.tasks[task], variant, image_size, self.protocol)
 
+    def states(self, task: str, split: base.Split, variant: str = "id") -> int | None:
+        """As many as are stored, unless the variant rewrites the problem file; see `Suite.states`."""
+        stored = self.protocol.stored.get(split)
+        return None if stored is None or shift(task, variant).rewrites else len(stored)
+
     def expert(self, task: str) -> base.Expert | None:
         """A scripted expert for the tasks of spatial (but `spatial-4`) and object."""
         if task not in self.tasks:

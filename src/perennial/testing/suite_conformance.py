@@ -128,6 +128,21 @@ def splits_are_disjoint(suite: Suite, task: str) -> None:
         assert len(different) == 3 * len(seen), variant
 
 
+def finite_states_come_round(suite: Suite, task: str) -> None:
+    """Where a suite says how many initial states there are, they differ and begin again after the last."""
+    for variant in suite.variants:
+        for split in get_args(Split):
+            if (count := suite.states(task, split, variant)) is None:
+                continue
+            seen = {}
+            with _environments(suite, task, variant) as (environment, _):
+                for index in sorted({0, 1, count // 2, count - 1, count}):
+                    state, _info = _reset(environment, split, index)
+                    seen[index] = state.tobytes(), _image(environment).tobytes()
+            assert seen.pop(count) == seen[0], (variant, split)
+            assert len(set(seen.values())) == len(seen), (variant, split)
+
+
 def variants_look_different(suite: Suite, task: str) -> None:
     """No two variants share the image of an initial state."""
     seen = set()
@@ -211,6 +226,7 @@ CHECKS: tuple[Callable[[Suite, str], None], ...] = (
     resets_forget_what_happened_before,
     environments_do_not_disturb_each_other,
     splits_are_disjoint,
+    finite_states_come_round,
     variants_look_different,
     actions_are_kept_in_their_range,
     the_expert_succeeds,
