@@ -275,6 +275,7 @@ def test_a_run_that_does_not_know_its_threads_has_one_for_each_core(run, tmp_pat
     shutil.copytree(run / "evaluations" / "00", begun / "evaluations" / "00")
     header = json.loads((run / "run.json").read_text())
     del header["config"]["threads"]
+    header["config"]["description"] = "runs of that time had one"
     (begun / "run.json").write_text(json.dumps(header))
     seen = []
     monkeypatch.setattr("perennial.machine.cores", lambda: 2)

@@ -154,6 +154,8 @@ class RunFolder:
         try:
             content = json.loads(path.read_bytes())
             if isinstance(content, dict):
+                if isinstance(content.get("config"), dict):
+                    content["config"].pop("description", None)  # runs of older versions have one
                 found: dict[str, Any] = _found_again(content, content.get("path"), self.path.absolute())
                 return found
         except (FileNotFoundError, NotADirectoryError):
