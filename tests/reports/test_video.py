@@ -67,7 +67,7 @@ def test_a_failed_encoding_leaves_the_old_video_and_nothing_else(tmp_path, monke
 
 def test_missing_pyav_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(PerennialError, match=r"perennial\[metaworld\]"):
+    with pytest.raises(PerennialError, match=r"-e '\.\[metaworld\]'"):
         video.encode(moving_square(), tmp_path / "film.mp4")
     assert list(tmp_path.iterdir()) == []
 
