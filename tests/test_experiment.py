@@ -28,7 +28,7 @@ from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies.composition import Strategies
 from perennial.testing.toy import ToyPolicy, ToySuite
-from toyhouse.runs import TOY, essence, toy_config
+from toyhouse.runs import TOY, essence, snapshot, toy_config
 
 TASKS = ("left", "right", "up-left")
 
@@ -45,14 +45,6 @@ def run(config, tmp_path_factory):
 
 def lines(path: Path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def snapshot(folder: Path):
-    return {
-        path: path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and "report" not in path.parts and path.name != ".lock"
-    }
 
 
 def test_the_run_folder_holds_what_it_promises(run, config):

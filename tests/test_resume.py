@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from perennial.learning.grpo import GRPO
 from perennial.rollout.workers import InlineWorkers
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies.composition import Strategies
-from toyhouse.runs import essence, toy_config
+from toyhouse.runs import essence, snapshot, toy_config
 
 TASKS = ("left", "right", "up-left")
 
@@ -26,14 +25,6 @@ def config(toy_checkpoint):
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
     return experiment.start(config, "toy", tmp_path_factory.mktemp("runs") / "toy")
-
-
-def snapshot(folder: Path):
-    return {
-        path: path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and "report" not in path.parts and path.name != ".lock"
-    }
 
 
 def test_a_lost_cell_of_a_finished_run_is_played_again(run, tmp_path, no_report):

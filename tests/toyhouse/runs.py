@@ -43,6 +43,15 @@ def essence(run: Path) -> dict[str, bytes]:
     }
 
 
+def snapshot(folder: Path) -> dict[Path, bytes]:
+    """All files of a run but its report and its lock."""
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "report" not in path.parts and path.name != ".lock"
+    }
+
+
 def command(arguments: list[str], environment: dict[str, str]) -> None:
     """The command line, as the target of a process; it writes no report, which would take most of the time."""
     os.environ.update(environment)
