@@ -27,7 +27,7 @@ from perennial.merging.tensor_files import DTYPES, Model, read_header
 WRITEBACK = 16 << 20
 """Bytes after which the disk is told to start writing."""
 
-AHEAD = 4
+AHEAD = 3
 """Merged blocks that may wait to be written."""
 
 Progress = Callable[[int, int], None]
