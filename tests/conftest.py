@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from perennial import doctor, experiment
+from perennial.config import Config
 from perennial.testing.toy import ToyPolicy
+from toyhouse.runs import toy_config
 
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
@@ -79,3 +81,15 @@ def toy_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("toy") / "checkpoint"
     ToyPolicy(0).save(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def config(toy_checkpoint: Path) -> Config:
+    """Two toy tasks and one held out, played in this process."""
+    return toy_config(toy_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def run(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run of `config`, which tests leave as it is."""
+    return experiment.start(config, "toy", tmp_path_factory.mktemp("runs") / "toy")

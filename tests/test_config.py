@@ -19,12 +19,6 @@ from perennial.strategies.replay import Replay
 from perennial.strategies.slca import SLCA
 from perennial.testing.toy import ToyPolicy
 from toyhouse.needy import Needy
-from toyhouse.runs import toy_config
-
-
-@pytest.fixture
-def config(toy_checkpoint):
-    return toy_config(toy_checkpoint)
 
 
 def test_a_sound_configuration_comes_back_as_it_is(config):

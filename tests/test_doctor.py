@@ -215,8 +215,14 @@ def test_the_description_of_the_machine_is_plain_json_and_does_not_change():
     assert json.loads(json.dumps(first)) == first == doctor.describe_machine()
     assert first["torch"] == importlib.metadata.version("torch")
     assert first["cores"] > 0
-    assert "robosuite" not in first or importlib.metadata.version("robosuite") == first["robosuite"]
     assert first["memory_gb"] == round(psutil.virtual_memory().total / GB)
+
+
+def test_a_run_writes_down_the_simulators_that_are_installed_and_no_others(monkeypatch):
+    monkeypatch.setattr(doctor, "installed_version", {"robosuite": "1.4.0", "hf-libero": "0.1.4"}.get)
+    described = doctor.describe_machine()
+    assert (described["robosuite"], described["hf-libero"]) == ("1.4.0", "0.1.4")
+    assert not {"mujoco", "metaworld", "mani_skill"} & described.keys()
 
 
 def test_the_processor_is_named_even_where_the_kernel_does_not_tell(monkeypatch):

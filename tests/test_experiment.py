@@ -28,19 +28,9 @@ from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies.composition import Strategies
 from perennial.testing.toy import ToyPolicy, ToySuite
-from toyhouse.runs import TOY, essence, snapshot, toy_config
+from toyhouse.runs import TOY, essence, snapshot
 
 TASKS = ("left", "right", "up-left")
-
-
-@pytest.fixture(scope="module")
-def config(toy_checkpoint):
-    return toy_config(toy_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def run(config, tmp_path_factory):
-    return experiment.start(config, "toy", tmp_path_factory.mktemp("runs") / "toy")
 
 
 def lines(path: Path):

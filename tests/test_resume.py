@@ -12,19 +12,9 @@ from perennial.learning.grpo import GRPO
 from perennial.rollout.workers import InlineWorkers
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies.composition import Strategies
-from toyhouse.runs import essence, snapshot, toy_config
+from toyhouse.runs import essence, snapshot
 
 TASKS = ("left", "right", "up-left")
-
-
-@pytest.fixture(scope="module")
-def config(toy_checkpoint):
-    return toy_config(toy_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def run(config, tmp_path_factory):
-    return experiment.start(config, "toy", tmp_path_factory.mktemp("runs") / "toy")
 
 
 def test_a_lost_cell_of_a_finished_run_is_played_again(run, tmp_path, no_report):

@@ -87,9 +87,10 @@ def convert_folder(folder: Path) -> Iterator[str]:
         except PerennialError as error:
             failed[path.name] = error
             yield f"{path} is left as it is"
-    needed = [error for name, error in failed.items() if name in _indexed(folder) or len(failed) == len(files)]
-    if needed:
-        raise needed[0]
+    needed = files if len(failed) == len(files) else [folder / name for name in _indexed(folder)]
+    for path in needed:
+        if path.name in failed:
+            raise failed[path.name]
     if (index := convert_index(folder)) is not None:
         yield str(index)
 

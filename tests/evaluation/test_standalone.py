@@ -17,19 +17,9 @@ from perennial.rollout.workers import WorkerConfig, start_workers
 from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies.expansion import Expansion
-from toyhouse.runs import TOY, toy_config
+from toyhouse.runs import TOY
 
 TASKS = ("left", "right", "up-left")
-
-
-@pytest.fixture(scope="module")
-def config(toy_checkpoint):
-    return toy_config(toy_checkpoint)
-
-
-@pytest.fixture(scope="module")
-def run(config, tmp_path_factory):
-    return experiment.start(config, "toy", tmp_path_factory.mktemp("runs") / "toy")
 
 
 @pytest.mark.parametrize(("after", "row"), [(0, 0), (1, 1), (-1, 2)])
