@@ -12,13 +12,14 @@ SETTINGS = Settings(image_size=8, image_every=3)
 
 
 class Clerk:
-    """Passes actions on as they are, so that one sees what a policy is given; K = C tokens, one a step."""
+    """Passes actions on as they are, so that one sees what a policy is given; K = H tokens, one a step."""
 
     image_size = 2
 
-    def __init__(self, chunk_steps):
-        self.chunk_steps = chunk_steps
-        self.token_steps = np.arange(chunk_steps)
+    def __init__(self, imitated_steps):
+        self.chunk_steps = 1
+        self.imitated_steps = imitated_steps
+        self.token_steps = np.arange(imitated_steps)
 
     def encode(self, actions):
         return actions
@@ -34,18 +35,18 @@ def demonstration(length, image_every, number=0):
 @given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4),
     image_every=st.integers(1, 9),
-    chunk_steps=st.integers(1, 12),
+    imitated_steps=st.integers(1, 12),
 )
-def test_every_row_holds_the_actions_that_follow_its_image(lengths, image_every, chunk_steps):
+def test_every_row_holds_the_actions_that_follow_its_image(lengths, image_every, imitated_steps):
     demonstrations = [demonstration(length, image_every, number) for number, length in enumerate(lengths)]
-    batch = to_batch(demonstrations, Clerk(chunk_steps))
+    batch = to_batch(demonstrations, Clerk(imitated_steps))
     row = 0
     for number, length in enumerate(lengths):
         for start in range(0, length, image_every):
             assert (batch.observation.images[row] == start).all()
             assert batch.observation.states[row] == start + 1000 * number
             assert batch.observation.instructions[row] == f"sentence {number}"
-            for step in range(chunk_steps):
+            for step in range(imitated_steps):
                 assert batch.sample[row, step, 0] == min(start + step, length - 1) + 1000 * number + 0.5
                 assert batch.mask[row, step] == (start + step < length)
             row += 1

@@ -12,7 +12,7 @@ from perennial.errors import PerennialError
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.learning.ppo import PPO
-from perennial.policies._flow_policy import _noise
+from perennial.policies._flow import training_noise
 from perennial.policies.base import Batch
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.policies.pi0 import PI0, Exploration, PI0Config
@@ -68,14 +68,13 @@ def test_greedy_actions_are_those_of_transformers_sampler_started_at_zero(policy
 
 def test_the_imitation_loss_is_that_of_transformers(policy):
     policy.model.pi0.config.loss_reduction = "none"
-    actions = stream(0, "actions").normal(size=(ROWS, 3, 3))
-    batch = Batch(OBSERVATION, policy.encode(actions), np.ones((ROWS, 3), bool))
+    actions = stream(0, "actions").normal(size=(ROWS, 4, 3))
+    batch = Batch(OBSERVATION, policy.encode(actions), np.ones((ROWS, 4), bool))
     losses = policy.imitation_loss(batch).detach().numpy()
     for row, key in enumerate(policy._keys(OBSERVATION)):
-        time, noise = _noise(key, 4, 4)
+        time, noise = training_noise(key, 4, 4)
         chunk = np.zeros((1, 4, 4))
-        chunk[0, :3, :3] = (actions[row] - ACTION.mean) / ACTION.std
-        chunk[0, 3] = chunk[0, 2]
+        chunk[0, :, :3] = (actions[row] - ACTION.mean) / ACTION.std
         with torch.no_grad():
             loss = policy.model.pi0(
                 **published_inputs(policy, row),
@@ -83,19 +82,19 @@ def test_the_imitation_loss_is_that_of_transformers(policy):
                 timestep=torch.tensor([time], dtype=torch.float32),
                 actions=torch.tensor(chunk, dtype=torch.float32),
             ).loss[0]
-        assert losses[row] == pytest.approx(loss[:3, :3].mean().item(), rel=1e-4)
+        assert losses[row] == pytest.approx(loss[:, :3].mean().item(), rel=1e-4)
 
 
 def test_the_imitation_loss_is_a_mean_over_unmasked_actions(policy):
-    actions = stream(0, "actions").normal(size=(ROWS, 3, 3))
+    actions = stream(0, "actions").normal(size=(ROWS, 4, 3))
     actions[:, 1:] = actions[:, :1]  # so that no mask changes what the expert sees
-    batch = Batch(OBSERVATION, policy.encode(actions), np.ones((ROWS, 3), bool))
-    masks = [np.tile(np.arange(3) < kept, (ROWS, 1)) for kept in (1, 2, 3)]
-    first, two, three = (policy.imitation_loss(replace(batch, mask=mask)).detach().numpy() for mask in masks)
-    assert np.abs(first - two).max() > 1e-3
-    only_last = replace(batch, mask=np.tile([False, False, True], (ROWS, 1)))
+    batch = Batch(OBSERVATION, policy.encode(actions), np.ones((ROWS, 4), bool))
+    masks = [np.tile(np.arange(4) < kept, (ROWS, 1)) for kept in (1, 3, 4)]
+    first, three, four = (policy.imitation_loss(replace(batch, mask=mask)).detach().numpy() for mask in masks)
+    assert np.abs(first - three).max() > 1e-3
+    only_last = replace(batch, mask=np.tile([False, False, False, True], (ROWS, 1)))
     last = policy.imitation_loss(only_last).detach().numpy()
-    np.testing.assert_allclose(three, (2 * two + last) / 3, rtol=1e-4)
+    np.testing.assert_allclose(four, (3 * three + last) / 4, rtol=1e-4)
 
 
 def test_the_noise_of_imitation_is_new_at_each_step_and_the_same_in_each_order():
@@ -113,7 +112,7 @@ def test_the_noise_of_imitation_is_new_at_each_step_and_the_same_in_each_order()
 
 
 def test_imitation_times_follow_the_published_beta_distribution():
-    drawn = np.array([_noise(str(i), 1, 1)[0] for i in range(4000)])
+    drawn = np.array([training_noise(str(i), 1, 1)[0] for i in range(4000)])
     edges = np.linspace(0.001, 1, 11)
     expected = np.diff(((edges - 0.001) / 0.999) ** 1.5)  # the distribution function of Beta(1.5, 1)
     assert chisquare(np.histogram(drawn, edges)[0], 4000 * expected).pvalue > 0.01
@@ -142,7 +141,7 @@ def test_the_log_probability_is_the_normal_density_of_the_stochastic_steps(steps
                 sigma = 0.4 * temperature * np.sqrt(t / (1 - min(t, 0.75)))
                 mean = before - 0.25 * (v + sigma**2 / (2 * t) * (before + (1 - t) * v))
                 expected += norm.logpdf(after, mean, sigma * 0.5)[:3, :3]
-            np.testing.assert_allclose(values[row], expected.sum(-1), rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(values[row], [*expected.sum(-1), 0], rtol=1e-4, atol=1e-4)
 
 
 @EITHER
@@ -183,7 +182,7 @@ def test_encoded_actions_decode_to_themselves_and_have_no_log_probability(policy
     sample = policy.encode(actions)
     np.testing.assert_allclose(policy.decode(sample), actions, atol=1e-6)
     with pytest.raises(PerennialError, match="no log-probability for demonstrations"):
-        policy.log_prob(Batch(OBSERVATION, sample, np.ones((ROWS, 3), bool)))
+        policy.log_prob(Batch(OBSERVATION, sample, np.ones((ROWS, 4), bool)))
 
 
 def test_a_number_that_never_moved_encodes_and_acts_as_its_value():
@@ -261,7 +260,7 @@ def test_a_value_is_read_from_the_first_step_of_the_greedy_decoder(policy, monke
     monkeypatch.setattr(policy.model, "hidden", lambda *given: seen.append(hidden(*given)) or seen[-1])
     policy.act(OBSERVATION, 0.0, streams())
     expected = policy.value_head(seen[0][:, :3].clone().mean(1))
-    batch = Batch(OBSERVATION, policy.encode(np.zeros((ROWS, 3, 3))), np.ones((ROWS, 3), bool))
+    batch = Batch(OBSERVATION, policy.encode(np.zeros((ROWS, 3, 3))), np.ones((ROWS, 4), bool))
     torch.testing.assert_close(policy.value(batch), expected, rtol=1e-5, atol=1e-6)
 
 

@@ -131,7 +131,7 @@ def read(path: Path) -> tuple[dict[str, Any], Demonstration]:
 
 
 def to_batch(demonstrations: list[Demonstration], policy: Policy) -> Batch:
-    """One row per image: what the policy sees there, and the expert's next `policy.chunk_steps` actions as its choice.
+    """One row per image: what the policy sees there, and the expert's next `policy.imitated_steps` actions.
 
     A window that reaches past the end repeats the last action; tokens that begin to act there are masked.
 
@@ -148,7 +148,7 @@ def to_batch(demonstrations: list[Demonstration], policy: Policy) -> Batch:
     windows, remaining = [], []
     for demonstration in demonstrations:
         length = len(demonstration.actions)
-        steps = demonstration.image_steps[:, None] + np.arange(policy.chunk_steps)
+        steps = demonstration.image_steps[:, None] + np.arange(policy.imitated_steps)
         windows.append(demonstration.actions[np.minimum(steps, length - 1)])
         remaining.append(length - demonstration.image_steps)
     observation = Observation(

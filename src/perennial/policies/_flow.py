@@ -1,4 +1,4 @@
-"""Flow-SDE: a flow that is integrated with noise, so that its samples have log-probabilities.
+"""Flow-SDE: a flow that is integrated with noise, so that its samples have log-probabilities; noise to learn it from.
 
 A flow model moves noise x_1 ~ N(0, 1) along x_t = t noise + (1 - t) action to an action at t = 0 by the velocity
 v(x, t) = E[noise - action | x_t = x]. The Euler step over d = 1 / steps is x - v d. Flow-SDE (pi_RL, arXiv 2510.25889;
@@ -16,8 +16,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from perennial.randomness import stream
+
+TIME_ALPHA, TIME_BETA, TIME_LEAST = 1.5, 1.0, 0.001
+"""Training times are TIME_LEAST + (1 - TIME_LEAST) Beta(TIME_ALPHA, TIME_BETA), as published for pi-0."""
 
 
 def transition(x: Tensor, velocity: Tensor, index: Tensor, steps: int, level: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,3 +52,10 @@ def log_density(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 def times(index: Tensor, steps: int) -> Tensor:
     """The flow time at the start of each denoising step `index` [N], float32 [N], from 1 down to 1 / steps."""
     return 1 - index.to(torch.float32) / steps
+
+
+def training_noise(key: str, horizon: int, width: int) -> tuple[float, np.ndarray]:
+    """Time in (0, 1] and noise float32 [H, P] of the row of an imitation batch that `key` names."""
+    rng = stream(0, "flow matching", key)
+    time = TIME_LEAST + (1 - TIME_LEAST) * rng.beta(TIME_ALPHA, TIME_BETA)
+    return time, rng.standard_normal((horizon, width), dtype=np.float32)

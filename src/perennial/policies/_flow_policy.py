@@ -6,10 +6,11 @@ transition of Flow-SDE (pi_RL, arXiv 2510.25889), whose log-density is the polic
 multiplies its noise level and leaves the marginals alone. With Flow-Noise (see `_pi0_noise`) every step is stochastic,
 with deviations that are learned.
 
-A log-probability belongs to one executed action, K = C: the sum over its D numbers and over the stochastic steps. Only
-these C x D numbers of the H x P of the flow are given noise, so the K log-probabilities together are the whole density
-of the stochastic transitions. RLinf differs: it gives noise to all H x P numbers and counts C x D of them, sums over
-the chunk for one ratio per decision, averages over steps where all are stochastic, and draws one step for the batch.
+A log-probability belongs to one action, K = H: the sum over its D numbers and over the stochastic steps, and 0 for the
+actions from C on, which are never executed. Only C x D numbers of the H x P of the flow are given noise, so the
+log-probabilities together are the whole density of the stochastic transitions. RLinf differs: it gives noise to all
+H x P numbers and counts C x D of them, sums over the chunk for one ratio per decision, averages over steps where all
+are stochastic, and draws one step for the batch.
 
 A sample is float32 [N, 1 + S H P]: the number of the stochastic step (0 if all are, -1 where there is no path, as in
 demonstrations), then S states of the flow: that before the step, that after it and the last (S = 3), or all of them
@@ -37,13 +38,10 @@ from perennial.policies._tensors import write_tensors
 from perennial.policies._value_head import new_value_head
 from perennial.policies.base import ActionChunk, Batch, Observation, Outputs, Policy
 from perennial.policies.lora import unwrap
-from perennial.randomness import integer_seed, stream
+from perennial.randomness import integer_seed
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-TIME_ALPHA, TIME_BETA, TIME_LEAST = 1.5, 1.0, 0.001
-"""Training times are TIME_LEAST + (1 - TIME_LEAST) Beta(TIME_ALPHA, TIME_BETA), as published."""
 
 
 class FlowPolicy(Policy):
@@ -65,7 +63,7 @@ class FlowPolicy(Policy):
         self.model = model.eval()
         self.groups: Mapping[str, Sequence[str]] = model.groups()
         self.chunk_steps = config.executed
-        self.token_steps = np.arange(config.executed)
+        self.token_steps = np.arange(config.horizon)
         self.image_size = config.camera_size or config.image_size
 
     @classmethod
@@ -84,6 +82,11 @@ class FlowPolicy(Policy):
         tokenizer.normalizer = Lowercase()
         return cls.create(cls._small(tokenizer, _moments(states), _moments(actions)), tokenizer, seed)
 
+    @property
+    def imitated_steps(self) -> int:
+        """H, of which C are executed."""
+        return self.config.horizon
+
     @torch.inference_mode()
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
         """Integrate the flow; a row draws its stochastic step, its first noise and the noise of its steps, in turn."""
@@ -98,7 +101,7 @@ class FlowPolicy(Policy):
         prefix, state = self._prefix(observation), self._state(observation)
         x = noise[:, 0].expand(-1, -1, config.max_action_dim)
         states = [x]
-        log_prob = torch.zeros(rows, config.executed, device=self.device)
+        log_prob = torch.zeros(rows, config.horizon, device=self.device)
         for step in range(config.denoising_steps):
             now = torch.full_like(index, step)
             chosen = (index == now) if config.exploration.steps == "one" else torch.ones_like(index, dtype=torch.bool)
@@ -116,7 +119,7 @@ class FlowPolicy(Policy):
         return ActionChunk(self.decode(sample), sample, log_prob.cpu().numpy())
 
     def log_prob(self, batch: Batch) -> Tensor:
-        """Log-density of the stochastic transitions of each executed action, float32 [N, C].
+        """Log-density of the stochastic transitions of each action, float32 [N, H]; from C on it is 0.
 
         Raises:
             PerennialError: the batch holds demonstrations.
@@ -156,7 +159,7 @@ class FlowPolicy(Policy):
                 "imitate them instead."
             )
         level = self._level(batch.temperature)
-        total = torch.zeros(len(batch), self.config.executed, device=self.device)
+        total = torch.zeros(len(batch), self.config.horizon, device=self.device)
         for step in range(path.shape[1] - 1 if self.config.exploration.steps == "all" else 1):
             before, after = path[:, step], path[:, step + 1]
             mean, std = self._transition(prefix, state, before, index + step, level)
@@ -166,7 +169,9 @@ class FlowPolicy(Policy):
     def imitation_loss(self, batch: Batch) -> Tensor:
         """Flow-matching loss of the decided actions, float32 [N], the mean over unmasked actions and their D numbers.
 
-        The expert sees the last unmasked action in the place of every later one, so masked ones play no part at all.
+        Of a demonstration all H actions are learned, executed or not, as the expert attends to all of them. It sees the
+        last unmasked action in the place of every later one, so masked ones play no part at all: at the end of an
+        episode, and from C on where the actions are the policy's own.
 
         Each row's noise and time come from a stream named by what the row observes and by the weights as they are now:
         the loss is a function of policy and batch, whatever the batch's order, while every optimiser step sees new
@@ -174,28 +179,30 @@ class FlowPolicy(Policy):
         """
         config = self.config
         _, path = self._unpack(batch.sample)
-        last = np.where(batch.mask, np.arange(config.executed), 0).max(axis=1)
+        last = np.where(batch.mask, np.arange(config.horizon), 0).max(axis=1)
         place = torch.from_numpy(np.minimum(np.arange(config.horizon), last[:, None])).to(self.device)
         actions = path[:, -1].gather(1, place[..., None].expand_as(path[:, -1])) * self._used()
-        drawn = [_noise(key, config.horizon, config.max_action_dim) for key in self._keys(batch.observation)]
+        drawn = [
+            _flow.training_noise(key, config.horizon, config.max_action_dim) for key in self._keys(batch.observation)
+        ]
         time = torch.tensor([t for t, _ in drawn], dtype=torch.float32, device=self.device)
         noise = torch.from_numpy(np.stack([numbers for _, numbers in drawn])).to(self.device)
         noisy = time[:, None, None] * noise + (1 - time[:, None, None]) * actions
         state = self._state(batch.observation)
         velocity = self._network.velocity(self._prefix(batch.observation), state, noisy, time)
-        error = ((velocity - (noise - actions)) ** 2)[:, : config.executed, : config.action_dim].mean(-1)
+        error = ((velocity - (noise - actions)) ** 2)[..., : config.action_dim].mean(-1)
         mask = torch.from_numpy(batch.mask).to(error.device)
         loss: Tensor = (error * mask).sum(1) / mask.sum(1).clamp(min=1)
         return loss
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
-        """The sample without a path for `actions` [N, C, D], the last of which is repeated up to H."""
+        """The sample without a path for `actions` [N, H, D], or fewer, the last of which is repeated up to H."""
         config = self.config
         mean, std = np.array(config.action.mean), np.array(config.action.std)
         unit = np.where(std > 0, (actions - mean) / np.where(std > 0, std, 1), 0)
+        given = np.minimum(np.arange(config.horizon), actions.shape[1] - 1)
         chunk = np.zeros((len(actions), config.horizon, config.max_action_dim), np.float32)
-        chunk[:, : config.executed, : config.action_dim] = unit
-        chunk[:, config.executed :] = chunk[:, [config.executed - 1]]
+        chunk[..., : config.action_dim] = unit[:, given]
         path = np.repeat(chunk[:, None], 3 if config.exploration.steps == "one" else config.denoising_steps + 1, axis=1)
         return np.concatenate([np.full((len(actions), 1), -1, np.float32), path.reshape(len(actions), -1)], axis=1)
 
@@ -317,9 +324,10 @@ class FlowPolicy(Policy):
         return x - velocity / steps, network.noise_network(hidden) * level
 
     def _log_density(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-        """Log-density of each executed action, float32 [N, C], the sum over its D numbers."""
+        """Log-density of each executed action, the sum over its D numbers, and 0 of the others; float32 [N, H]."""
         c, d = self.config.executed, self.config.action_dim
-        return _flow.log_density(x[:, :c, :d], mean[:, :c, :d], std[:, :c, :d]).sum(-1)
+        density = _flow.log_density(x[:, :c, :d], mean[:, :c, :d], std[:, :c, :d]).sum(-1)
+        return torch.nn.functional.pad(density, (0, self.config.horizon - c))
 
     def _used(self) -> Tensor:
         """1 for the D numbers that mean something, 0 for padding; float32 [P]."""
@@ -357,13 +365,6 @@ class _OnePass(Outputs):
     @cached_property
     def value(self) -> Tensor:
         return self.policy._value(*self._seen)
-
-
-def _noise(key: str, horizon: int, width: int) -> tuple[float, np.ndarray]:
-    """Time in (0, 1] and noise float32 [H, P] of one row of an imitation batch."""
-    rng = stream(0, "flow matching", key)
-    time = TIME_LEAST + (1 - TIME_LEAST) * rng.beta(TIME_ALPHA, TIME_BETA)
-    return time, rng.standard_normal((horizon, width), dtype=np.float32)
 
 
 def _moments(values: np.ndarray) -> Moments:

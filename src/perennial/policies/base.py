@@ -1,6 +1,7 @@
 """The words of a policy: observation, action chunk, batch, and what every policy can do.
 
-Shapes: N rows, V camera views, S state numbers, K tokens per chunk, C environment steps per chunk, D action numbers.
+Shapes: N rows, V camera views, S state numbers, K tokens per decision, C environment steps per chunk, H those that a
+demonstration looks ahead, D action numbers.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class Policy(ABC):
             `model`: it never acts, it is in no group, and no strategy sees it.
         groups: "vision" | "language" | "action" -> names of the base parameters; every parameter is in exactly one.
         chunk_steps: C, environment steps per decision.
-        token_steps: int [K], the step within the chunk at which each token starts to act.
+        token_steps: int [K], the step at which each token starts to act, below H; from C on none ever acts.
         image_size: side of the square images it wants, in pixels.
         bins: that each token chooses among, where it has `logits`.
     """
@@ -193,7 +194,15 @@ class Policy(ABC):
 
     @abstractmethod
     def encode(self, actions: np.ndarray) -> np.ndarray:
-        """The sample that stands for `actions` [N, C, D]: the inverse of acting, up to discretisation."""
+        """The sample that stands for `actions` [N, H, D]: the inverse of acting, up to discretisation.
+
+        Of C actions, where H is more, the last is repeated.
+        """
+
+    @property
+    def imitated_steps(self) -> int:
+        """H, environment steps that a demonstration shows of each decision: C, or more where not all are executed."""
+        return self.chunk_steps
 
     @classmethod
     def can(cls, method: str) -> bool:

@@ -7,7 +7,8 @@ tests are "hard-0" and "hard-1". The average of the weights with 0.99 is from th
 
 Differs from the paper in its evaluation: 50 episodes everywhere, where they have 20 in distribution and 10 for each of
 the twenty tasks of the generalist. It starts from their generalist, which is not published, and learns from
-demonstrations that `perennial demos` cannot make; name both by --policy.checkpoint and --recipe.sft.demonstrations.
+demonstrations that `perennial demos` cannot make; name both by --policy.checkpoint and --recipe.sft.demonstrations. The
+paper executes 5 of the 50 actions that pi0 decides: have `n_action_steps` 5 in the checkpoint's config.json.
 """
 
 from perennial.config import Config, Evaluation, PolicyChoice, Tasks

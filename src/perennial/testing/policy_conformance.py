@@ -140,9 +140,9 @@ def greedy_draws_nothing_and_is_the_most_probable(subject: Subject) -> None:
 
 def shapes_are_as_promised(subject: Subject) -> None:
     """Actions are float32 [N, C, D] and finite, log-probabilities float32 [N, K], losses [N]."""
-    policy, rows = subject.make(), len(subject.observation)
+    policy = subject.make()
+    rows, tokens = len(subject.observation), len(policy.token_steps)
     chunk = policy.act(subject.observation, 1.0, _streams(rows))
-    tokens = len(policy.token_steps)
     assert chunk.actions.dtype == np.float32
     assert chunk.actions.shape[:2] == (rows, policy.chunk_steps)
     assert np.isfinite(chunk.actions).all()
@@ -157,7 +157,8 @@ def shapes_are_as_promised(subject: Subject) -> None:
 def encoding_undoes_acting(subject: Subject) -> None:
     """`encode` finds the sampled tokens again, up to neighbours that stand for the same action.
 
-    Continuous actions can be encoded without the path that led to them: imitating either is the same.
+    Continuous actions can be encoded without the path that led to them: imitating what was executed of either is the
+    same.
     """
     policy = subject.make()
     chunk = policy.act(subject.observation, 1.0, _streams(len(subject.observation)))
@@ -165,10 +166,9 @@ def encoding_undoes_acting(subject: Subject) -> None:
     assert found.shape == chunk.sample.shape
     assert found.dtype == chunk.sample.dtype
     if not _discrete(found):
-        batch = Batch(subject.observation, chunk.sample, np.ones(chunk.log_prob.shape, bool))
-        np.testing.assert_allclose(
-            _imitation(policy, replace(batch, sample=found)), _imitation(policy, batch), rtol=1e-4
-        )
+        batch = _acted(policy, subject.observation, 1.0)
+        again, once = _imitation(policy, replace(batch, sample=found)), _imitation(policy, batch)
+        np.testing.assert_allclose(again, once, rtol=1e-4)
         return
     assert np.abs(found - chunk.sample).max() <= 1
     assert (found == chunk.sample).mean() > 0.8
@@ -180,9 +180,11 @@ def token_steps_say_when_a_token_starts_to_act(subject: Subject) -> None:
     steps = policy.token_steps
     assert steps.dtype.kind == "i"
     assert steps.min() == 0
-    assert steps.max() < policy.chunk_steps
-    low = policy.act(subject.observation, 1.0, _streams(len(subject.observation))).actions
-    high = policy.act(subject.observation, 1.0, _streams(len(subject.observation), "other")).actions
+    assert policy.chunk_steps <= policy.imitated_steps
+    assert steps.max() < policy.imitated_steps
+    ahead, streams = np.arange(policy.imitated_steps) % policy.chunk_steps, _streams(len(subject.observation), "other")
+    low = policy.act(subject.observation, 1.0, _streams(len(streams))).actions[:, ahead]
+    high = policy.act(subject.observation, 1.0, streams).actions[:, ahead]
     for step in np.unique(steps):
         mixed = policy.encode(np.concatenate([low[:, :step], high[:, step:]], axis=1))
         before = Batch(subject.observation, policy.encode(low), np.tile(steps < step, (len(low), 1)))
@@ -199,9 +201,8 @@ def masked_tokens_do_not_count(subject: Subject) -> None:
     """
     policy = subject.make()
     batch = _acted(policy, subject.observation, 1.0)
-    mask = batch.mask & (
-        policy.token_steps <= np.median(policy.token_steps[policy.token_steps < policy.token_steps.max()])
-    )
+    steps = policy.token_steps
+    mask = batch.mask & (steps <= np.median(steps[steps < steps.max()]))
     masked = replace(batch, mask=mask)
     if not _discrete(batch.sample):
         return
@@ -359,7 +360,7 @@ def _streams(rows: int, purpose: str = "act") -> list[np.random.Generator]:
 def _acted(policy: Policy, observation: Observation, temperature: float) -> Batch:
     """What the policy did on `observation`, as a learner gets it."""
     chunk = policy.act(observation, temperature, _streams(len(observation)))
-    mask = np.ones(chunk.log_prob.shape, bool)
+    mask = np.tile(policy.token_steps < policy.chunk_steps, (len(observation), 1))
     return Batch(observation, chunk.sample, mask, temperature, chunk.log_prob)
 
 
