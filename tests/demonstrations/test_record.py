@@ -75,6 +75,22 @@ def test_the_files_do_not_depend_on_the_order_or_the_processes(tmp_path):
     )
 
 
+@pytest.mark.parametrize("way", ["dies", "hangs"])
+def test_a_simulator_that_dies_or_hangs_ends_the_recording_and_the_rest_is_recorded_later(tmp_path, monkeypatch, way):
+    monkeypatch.setenv("UNRELIABLE", str(tmp_path))
+
+    def attempt(folder, workers):
+        record_all("toyhouse.unreliable", [f"{way}-once"], 7, folder, workers, settings=SETTINGS, timeout=5.0)
+
+    with pytest.raises(PerennialError, match=r"took longer than 5 seconds; repeat the command"):
+        attempt(tmp_path / "twice", 2)
+    assert len(contents(tmp_path / "twice")) == 5
+    attempt(tmp_path / "twice", 2)
+    attempt(tmp_path / "once", 1)
+    assert len(contents(tmp_path / "once")) == 7
+    assert contents(tmp_path / "twice") == contents(tmp_path / "once")
+
+
 def test_demonstrations_that_are_held_out_begin_where_the_others_end(tmp_path):
     record_all(TOY, ["up"], 4, tmp_path / "all", workers=1, settings=SETTINGS)
     record_all(TOY, ["up"], 2, tmp_path / "later", workers=1, settings=SETTINGS, first=2)

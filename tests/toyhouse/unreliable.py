@@ -1,6 +1,6 @@
 """The toy suite in worlds that kill, stop or refuse; the folder `UNRELIABLE` remembers across processes.
 
-Episodes with training state 5 misbehave at their second step, in the way that the task's name says.
+Episodes with state 5, in training and demonstrations, misbehave at their second step in the way that the task is named.
 """
 
 import os
@@ -19,7 +19,7 @@ BAD_STATE = 5
 
 class UnreliableEnvironment(ToyEnvironment):
     def reset(self, *, seed=None, options=None):
-        self.bad = options == {"split": "training", "index": BAD_STATE}
+        self.bad = options in [{"split": split, "index": BAD_STATE} for split in ("training", "demonstration")]
         return super().reset(seed=seed, options=options)
 
     def step(self, action: np.ndarray):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from perennial.suites.base import Environment, Expert, Suite, Task
 
 _JOB = 25
 """Episodes that one process records before it takes the next job."""
+TIMEOUT = 600.0
+"""Seconds after which an episode hangs, where a process of its own records it."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,17 @@ class Settings:
 
 
 def record(
-    suite: Suite, task: str, indices: Iterable[int], folder: Path, settings: Settings = Settings()
+    suite: Suite,
+    task: str,
+    indices: Iterable[int],
+    folder: Path,
+    settings: Settings = Settings(),
+    timeout: float | None = None,
 ) -> list[Path]:
     """Record the expert in the initial states `indices` of the split "demonstration"; return the files of all of them.
+
+    Where a scene takes longer to be built, or an episode to be played, than `timeout` seconds, this process ends, with
+    a traceback on stderr.
 
     Raises:
         PerennialError: the task has no expert, or `folder` holds demonstrations recorded otherwise.
@@ -59,11 +71,13 @@ def record(
     paths = {index: folder / task / f"{index:04d}.safetensors" for index in indices}
     missing = [index for index, path in paths.items() if not _is_recorded(path, _header(suite, task, index, settings))]
     if missing:
-        environment = suite.make(task, settings.variant, settings.image_size)
+        with _ending_after(timeout):
+            environment = suite.make(task, settings.variant, settings.image_size)
         try:
             for index in missing:
                 header = _header(suite, task, index, settings)
-                tensors, success = _play(environment, expert, header)
+                with _ending_after(timeout):
+                    tensors, success = _play(environment, expert, header)
                 metadata = {HEADER: json.dumps(header | {"success": success})}
                 write_bytes(paths[index], save(tensors, metadata=metadata))
         finally:
@@ -80,11 +94,12 @@ def record_all(
     on_episode: Callable[[Path], None] | None = None,
     settings: Settings = Settings(),
     first: int = 0,
+    timeout: float = TIMEOUT,
 ) -> None:
     """Record `count` initial states of every task from `first` on in `workers` processes, and write `manifest.json`.
 
     Raises:
-        PerennialError: see `record`; or a process died.
+        PerennialError: see `record`; or a process died, or an episode took longer than `timeout` seconds.
     """
     end = first + count
     jobs = [(task, range(i, min(i + _JOB, end))) for i in range(first, end, _JOB) for task in tasks]
@@ -95,14 +110,16 @@ def record_all(
                 report(path)
     else:
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            futures = [pool.submit(_job, suite_name, task, indices, folder, settings) for task, indices in jobs]
+            shared = (folder, settings, timeout)
+            futures = [pool.submit(_job, suite_name, task, indices, *shared) for task, indices in jobs]
             try:
                 for future in as_completed(futures):
                     for path in future.result():
                         report(path)
             except BrokenProcessPool as error:
                 raise PerennialError(
-                    "A recording process died, perhaps for lack of memory; repeat the command to record the rest."
+                    "A recording process ended, for lack of memory, in a simulator that crashed, or as one episode "
+                    f"took longer than {timeout:.0f} seconds; repeat the command to record the rest."
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -119,8 +136,23 @@ def write_manifest(folder: Path) -> None:
     write_json(folder / MANIFEST, {"format": 1, "data_sha256": data_hash(folder), "files": entries})
 
 
-def _job(suite_name: str, task: str, indices: Iterable[int], folder: Path, settings: Settings) -> list[Path]:
-    return record(discovery.find("suites", suite_name, Suite)(), task, indices, folder, settings)
+def _job(
+    suite_name: str, task: str, indices: Iterable[int], folder: Path, settings: Settings, timeout: float | None = None
+) -> list[Path]:
+    return record(discovery.find("suites", suite_name, Suite)(), task, indices, folder, settings, timeout)
+
+
+@contextmanager
+def _ending_after(seconds: float | None) -> Iterator[None]:
+    """End this process, with a traceback, where the block takes longer: a simulator that hangs hears nothing else."""
+    if seconds is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _header(suite: Suite, task: str, index: int, settings: Settings) -> dict[str, Any]:
