@@ -3,10 +3,10 @@ STAMP := $(VENV)/setup-complete
 export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-gpu evidence faults clean
+.PHONY: help setup demo test check bench bench-gpu evidence faults clean setup-libero setup-maniskill test-libero test-maniskill
 
 help: ## List these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-15s %s\n", $$1, $$2 }'
 
 setup: $(STAMP) ## Make .venv with everything in it (PYTHON=... chooses the interpreter)
 
@@ -20,6 +20,18 @@ demo: $(STAMP) ## Teach the small policy its tasks and write the report
 test: $(STAMP) ## Run all tests but the long ones
 	@sh scripts/setup.sh browser
 	$(VENV)/bin/python -m pytest -m "not faults" -n logical --maxprocesses 4 --dist worksteal
+
+setup-libero: ## Make .venv-libero with LIBERO's simulator in it
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh libero
+
+setup-maniskill: ## Make .venv-maniskill with ManiSkill's simulator in it
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh maniskill
+
+test-libero: setup-libero ## Run the tests of LIBERO in its simulator
+	.venv-libero/bin/python -m pytest tests/suites/test_libero*.py -n logical --maxprocesses 2 --dist loadfile
+
+test-maniskill: setup-maniskill ## Run the tests of ManiSkill in its simulator
+	.venv-maniskill/bin/python -m pytest tests/suites/test_maniskill.py
 
 check: $(STAMP) ## Lint, formatting and types
 	$(VENV)/bin/ruff check

@@ -1,10 +1,13 @@
 #!/bin/sh
-# `setup.sh` makes .venv and installs everything into it; `setup.sh browser` installs Chromium for the browser tests
-# where that is possible. Both are safe to repeat and to interrupt.
+# `setup.sh` makes .venv and installs everything into it; `setup.sh libero` and `setup.sh maniskill` make .venv-libero and
+# .venv-maniskill for a simulator that cannot live there; `setup.sh browser` installs Chromium for the browser tests where
+# that is possible. All are safe to repeat and to interrupt.
 set -eu
 cd "$(dirname "$0")/.."
 
 VENV=.venv
+EXTRAS=vla,metaworld,kitchen,tensorboard,dev
+NEXT="make demo"
 TORCH=2.13.0
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -108,13 +111,18 @@ install_browser() {
     say "Chromium was not found; the browser tests are skipped."
 }
 
-if [ "${1:-}" = browser ]; then
-    install_browser
-    exit
-fi
+case "${1:-}" in
+    browser) install_browser; exit ;;
+    libero) VENV=.venv-libero EXTRAS=vla,libero,metaworld,dev NEXT=".venv-libero/bin/perennial doctor" ;;
+    maniskill) VENV=.venv-maniskill EXTRAS=vla,maniskill,dev NEXT=".venv-maniskill/bin/perennial doctor" ;;
+esac
 make_venv
 install_torch
 say "Installing everything else."
-pip install -q -c constraints.txt -e ".[vla,metaworld,kitchen,tensorboard,dev]"
+pip install -q -c constraints.txt -e ".[$EXTRAS]"
+# hf-libero brings the default build of torchvision, which nothing needs and beside which transformers fails on CPU torch.
+if [ "${1:-}" = libero ]; then
+    pip uninstall -q --yes torchvision
+fi
 install_gl
-say "$VENV is ready; next: make demo"
+say "$VENV is ready; next: $NEXT"

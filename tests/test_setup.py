@@ -23,7 +23,7 @@ case "$*" in
     *version_info*) ! refuses version ;;
     *"import ensurepip"*) ! refuses ensurepip ;;
     *"import torch"*) cat "$STATE/torch" 2>/dev/null ;;
-    *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+    *"-m venv"*) for venv; do :; done; mkdir -p "$venv/bin" && cp "$0" "$venv/bin/python" ;;
     *"-m pip --version"*) ! refuses pip ;;
     *"torch==2.13.0+cpu"*) ! refuses wheel ;;
     *"install -q uv"*) printf '#!/bin/sh\\necho "uv $*" >>"$LOG"\\n! grep -qxF uv "$STATE/refuse" 2>/dev/null\\n' \
@@ -89,6 +89,18 @@ def test_the_cpu_wheel_comes_first_and_then_everything_else(machine):
     assert done.returncode == 0
     assert installs(log) == ["torch==2.13.0+cpu", EVERYTHING]
     assert all("-c constraints.txt" in line for line in log if "pip install" in line)
+
+
+@pytest.mark.parametrize("simulator", ["libero", "maniskill"])
+def test_a_simulator_that_cannot_live_there_gets_an_environment_of_its_own(machine, simulator):
+    done, log = machine.run(simulator)
+    assert done.returncode == 0
+    everything = {"libero": "-e .[vla,libero,metaworld,dev]", "maniskill": "-e .[vla,maniskill,dev]"}[simulator]
+    assert installs(log)[:2] == ["torch==2.13.0+cpu", everything]
+    assert ("python -m pip uninstall -q --yes torchvision" in log) == (simulator == "libero")
+    assert (machine.root / f".venv-{simulator}/bin/python").exists()
+    assert not (machine.root / ".venv").exists()
+    assert f".venv-{simulator} is ready; next: .venv-{simulator}/bin/perennial doctor" in done.stderr
 
 
 def test_a_gpu_gets_the_default_build(machine):
@@ -236,7 +248,7 @@ def pins():
 def declared():
     """The requirements that `make setup` installs: those of the package and of the extras that the script names."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    chosen = re.search(r'-e "\.\[([\w,]+)\]"', (ROOT / "scripts/setup.sh").read_text())[1].split(",")
+    chosen = re.search(r"^EXTRAS=([\w,]+)$", (ROOT / "scripts/setup.sh").read_text(), re.MULTILINE)[1].split(",")
     extras = [text for name in chosen for text in project["optional-dependencies"][name]]
     return [Requirement(text) for text in project["dependencies"] + extras]
 
