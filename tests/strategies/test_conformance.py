@@ -41,6 +41,7 @@ CASES = {
         coefficient=0.5, variant="ut2026", demonstrations="shown", **SMALL
     ),
     "slca": SLCA,
+    "slca aligned": lambda: SLCA(alignment_steps=4, alignment_rate=0.1, episodes=8),
     "ema": lambda: EMA(decay=0.7),
     "merge": lambda: Merge(alpha=0.7, language=0.2),
     "retain": lambda: Retain(alpha=(0.7,), language=(0.2,)),

@@ -216,6 +216,14 @@ class Policy(ABC):
         """
         raise NotImplementedError(f"{self.name} has no logits")
 
+    def features(self, batch: Batch) -> Tensor:
+        """What `classify` reads for each token, [N, K, width], for policies with a classifier of bins."""
+        raise NotImplementedError(f"{self.name} has no classifier")
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Raw logits float32 [..., bins] of `features` [..., width]; `logits` are those of the batch's features."""
+        raise NotImplementedError(f"{self.name} has no classifier")
+
     def add_value_head(self, seed: int) -> None:
         """Give the policy a new value head, with weights named by `seed`, in place of one that it may have."""
         raise NotImplementedError(f"{self.name} has no value head")

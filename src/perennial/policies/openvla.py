@@ -42,7 +42,7 @@ class OpenVLA(OpenVLAOFT):
                 if decided:
                     added = self._embed(decided[-1][0])
                     mask = functional.pad(mask, (0, 1), value=True)
-                logits = self._head(causal_states(network, added, mask, 1, cache))  # type: ignore[arg-type]
+                logits = self.classify(causal_states(network, added, mask, 1, cache))  # type: ignore[arg-type]
                 number = len(decided)
                 decided.append(
                     choose(logits, temperature, None if uniform is None else uniform[:, number : number + 1])
@@ -50,7 +50,7 @@ class OpenVLA(OpenVLAOFT):
         choice, log_prob = (torch.cat(parts, dim=1).cpu().numpy() for parts in zip(*decided, strict=True))
         return ActionChunk(self.decode(choice), choice, log_prob)
 
-    def _states(self, batch: Batch) -> Tensor:
+    def features(self, batch: Batch) -> Tensor:
         """Hidden states that the action tokens are read from, each given the tokens of `batch.sample` before it."""
         network = unwrap(self.model)
         prefix, mask = network.prefix(*self._inputs(batch.observation))  # type: ignore[operator]

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class OpenVLAOFT(Policy):
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
         """Decide by the inverse of each token's cumulative distribution at K uniform numbers per row."""
         with torch.inference_mode():
-            logits = self._head(unwrap(self.model)(*self._inputs(observation)))
+            logits = self.classify(unwrap(self.model)(*self._inputs(observation)))
             drawn = None if temperature == 0 else np.stack([one.random(self.config.tokens) for one in rng])
             sample, log_prob = choose(logits, temperature, drawn)
         choice = sample.cpu().numpy()
@@ -115,7 +115,7 @@ class OpenVLAOFT(Policy):
 
     def logits(self, batch: Batch) -> Tensor:
         """Raw logits of the action bins, float32 [N, K, bins], in the order of `sample`."""
-        return self._head(self._states(batch))
+        return self.classify(self.features(batch))
 
     def add_value_head(self, seed: int) -> None:
         """A perceptron, in float32, on the hidden state that the first action token is read from."""
@@ -123,11 +123,11 @@ class OpenVLAOFT(Policy):
 
     def value(self, batch: Batch) -> Tensor:
         """Values of the observations, float32 [N]."""
-        return self._value(self._states(batch))
+        return self._value(self.features(batch))
 
     def outputs(self, batch: Batch) -> Outputs:
         """All of them from one forward pass."""
-        return _softmax.OnePass(self, batch, self._states, self._head, self._value)
+        return _softmax.OnePass(self, batch, self.features, self.classify, self._value)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
         """Tokens for the mean action of each held window of `actions` [N, C, D]; int64 [N, K]."""
@@ -159,14 +159,15 @@ class OpenVLAOFT(Policy):
         actions = _gripper_command(actions) if config.gripper == "libero" else actions
         return np.repeat(actions, config.hold, axis=1)
 
-    def _states(self, batch: Batch) -> Tensor:
+    def features(self, batch: Batch) -> Tensor:
         """Hidden states that the action tokens are read from, [N, K, width]; the first one knows no action."""
         states: Tensor = unwrap(self.model)(*self._inputs(batch.observation))
         return states
 
-    def _head(self, states: Tensor) -> Tensor:
-        """Logits of the action bins, float32 [N, K, bins]."""
-        logits: Tensor = unwrap(self.model).language_model.lm_head(states)  # type: ignore[operator,union-attr]
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits of the action bins, float32 [..., bins], from hidden states [..., width]."""
+        head: Any = unwrap(self.model).language_model.lm_head  # type: ignore[union-attr]
+        logits: Tensor = head(features.to(head.weight.dtype))
         return logits.float()
 
     def _value(self, states: Tensor) -> Tensor:

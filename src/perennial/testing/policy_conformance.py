@@ -66,7 +66,7 @@ def log_prob_is_that_of_acting(subject: Subject) -> None:
 def logits_give_log_prob_and_imitation_loss(subject: Subject) -> None:
     """Where there are logits, both are those of their softmax, over executed tokens, at its temperature and at 1.
 
-    `outputs` has all three.
+    `outputs` has all three; a classifier gives the same logits from its features.
     """
     policy = subject.make()
     if not policy.can("logits"):
@@ -77,6 +77,7 @@ def logits_give_log_prob_and_imitation_loss(subject: Subject) -> None:
     with torch.no_grad():
         logits, losses, outputs = policy.logits(batch), policy.imitation_loss(batch), policy.outputs(batch)
         together = outputs.log_prob, outputs.imitation_loss, outputs.logits
+        classified = policy.classify(policy.features(batch)) if policy.can("features") else logits
     shape = (len(batch), len(policy.token_steps), policy.bins)
     assert logits.shape == shape, f"logits are {tuple(logits.shape)}, but by `token_steps` and `bins` {shape}"
     chosen, executed = torch.from_numpy(batch.sample)[..., None], torch.from_numpy(mask)
@@ -84,7 +85,7 @@ def logits_give_log_prob_and_imitation_loss(subject: Subject) -> None:
     np.testing.assert_allclose(_log_prob(policy, batch), log_prob, atol=subject.tolerance)
     surprise = -logits.log_softmax(-1).gather(-1, chosen).squeeze(-1)
     np.testing.assert_allclose(losses, (surprise * executed).sum(1) / executed.sum(1), atol=subject.tolerance)
-    for one, other in zip(together, (log_prob, losses, logits), strict=True):
+    for one, other in zip((*together, classified), (log_prob, losses, logits, logits), strict=True):
         np.testing.assert_allclose(one, other, atol=subject.tolerance)
 
 
@@ -157,8 +158,7 @@ def shapes_are_as_promised(subject: Subject) -> None:
 def encoding_undoes_acting(subject: Subject) -> None:
     """`encode` finds the sampled tokens again, up to neighbours that stand for the same action.
 
-    Continuous actions can be encoded without the path that led to them: imitating what was executed of either is the
-    same.
+    Continuous actions can be encoded without the path that led to them: what was executed is imitated alike.
     """
     policy = subject.make()
     chunk = policy.act(subject.observation, 1.0, _streams(len(subject.observation)))
@@ -278,8 +278,7 @@ def recomputed_activations_change_nothing(subject: Subject) -> None:
         with kept_for_backward() as sizes:
             loss = one.log_prob(batch).sum()
         kept.append(sum(sizes.values()))
-        learning = [*one.trainable().values()]
-        slopes = torch.autograd.grad(loss, learning, allow_unused=True, materialize_grads=True)
+        slopes = torch.autograd.grad(loss, [*one.trainable().values()], allow_unused=True, materialize_grads=True)
         gradients.append([loss.detach(), *slopes])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=subject.tolerance)

@@ -25,6 +25,7 @@ from perennial.errors import PerennialError, unknown
 from perennial.policies._softmax import OnePass
 from perennial.policies._value_head import new_value_head
 from perennial.policies.base import ActionChunk, Batch, Observation, Outputs, Policy
+from perennial.policies.lora import unwrap
 from perennial.suites import base as suites
 from perennial.suites.base import Environment, Suite, Task
 
@@ -237,6 +238,18 @@ class ToyPolicy(Policy):
     def logits(self, batch: Batch) -> Tensor:
         """Logits of the bins, float32 [N, K, 9]."""
         return self._forward(batch.observation)[0]
+
+    def features(self, batch: Batch) -> Tensor:
+        """The hidden state beside the number of the token as an indicator, float32 [N, K, hidden + K]."""
+        hidden, tokens = self._forward(batch.observation)[1], len(self.token_steps)
+        which = torch.eye(tokens, dtype=hidden.dtype).expand(len(hidden), -1, -1)
+        return torch.cat([hidden[:, None].expand(-1, tokens, -1), which], dim=-1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Logits of the bins, float32 [..., 9]."""
+        hidden, which = features[..., : self.hidden], features[..., self.hidden :]
+        logits: Tensor = unwrap(self.model).head(hidden)  # type: ignore[operator]
+        return (logits.reshape(*which.shape, self.bins) * which[..., None]).sum(-2)
 
     def add_value_head(self, seed: int) -> None:
         """A linear layer on the hidden state."""
