@@ -32,8 +32,9 @@ from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.planning import estimate
 from perennial.planning.estimate import Stage, Use
 from perennial.planning.gpus import GPU, RESERVED
-from perennial.policies import _activations, _anatomy, _openvla_anatomy
-from perennial.policies._openvla_settings import TOWERS
+from perennial.policies import _activations, _anatomy
+from perennial.policies._openvla import anatomy as openvla_anatomy
+from perennial.policies._openvla.settings import TOWERS
 from perennial.policies._placement import recompute_blocks
 from perennial.policies.base import Batch
 from perennial.policies.lora import LoRA, add_adapter
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def count() -> dict[str, Any]:
     """Operations, bytes and memory of the 7B model in bfloat16."""
-    anatomy = _openvla_anatomy.read(None, 8, SAID, one_by_one=False)
+    anatomy = openvla_anatomy.read(None, 8, SAID, one_by_one=False)
     use = Use(anatomy, RANK, dtype="bfloat16", stages=(ONE_ROW,))
     updates = {name: replace(use, recompute=name == "checkpointing") for name in ("plain", "checkpointing")}
     return {

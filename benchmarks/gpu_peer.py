@@ -20,7 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from perennial.policies._openvla_oft_config import OpenVLAOFTConfig
+from perennial.policies._openvla.config import OpenVLAOFTConfig
 
 
 class PlainVLA(nn.Module):

@@ -40,7 +40,7 @@ def test_the_page_in_the_documentation_is_what_is_counted(gpu):
 
 
 def test_the_micro_batch_is_the_largest_that_fits(gpu):
-    anatomy = gpu._openvla_anatomy.read(None, 8, gpu.SAID, one_by_one=False)
+    anatomy = gpu.openvla_anatomy.read(None, 8, gpu.SAID, one_by_one=False)
     use = gpu.Use(anatomy, 32, dtype="bfloat16", stages=(gpu.Stage(rows=1000),))
     for room in (5e9, 40e9):
         rows = gpu.largest_micro_batch(use, room, 128)
@@ -52,7 +52,7 @@ def test_the_micro_batch_is_the_largest_that_fits(gpu):
 def test_the_plain_network_has_the_same_size(gpu):
     peer = importlib.import_module("gpu_peer")
     with torch.device("meta"):
-        plain = peer.PlainVLA(gpu._openvla_anatomy.published_config(8))
+        plain = peer.PlainVLA(gpu.openvla_anatomy.published_config(8))
     assert sum(p.numel() for p in plain.parameters()) == pytest.approx(gpu.count()["parameters"], rel=0.03)
 
 

@@ -7,8 +7,8 @@ import tiny_openvla_oft
 import tiny_pi0
 import tiny_smolvla
 
-from perennial.policies._openvla_oft_config import HALF, IMAGENET_MEAN, IMAGENET_STD, Language, Tower
-from perennial.policies._pi0_config import Transformer, Vision
+from perennial.policies._openvla.config import HALF, IMAGENET_MEAN, IMAGENET_STD, Language, Tower
+from perennial.policies._pi0.config import Transformer, Vision
 from perennial.policies.base import Batch
 from perennial.policies.openvla import OpenVLA
 from perennial.policies.openvla_oft import OpenVLAOFT

@@ -8,12 +8,15 @@ from middle_policies import POLICIES, ROWS, anatomy_of, batch_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from perennial.policies import _activations, _anatomy, _openvla_anatomy, _pi0_anatomy, _smolvla_anatomy
+from perennial.policies import _activations, _anatomy
 from perennial.policies._anatomy import Learning
-from perennial.policies._openvla_oft_model import OpenVLAOFTModel
-from perennial.policies._pi0_model import PI0Network
+from perennial.policies._openvla import anatomy as openvla_anatomy
+from perennial.policies._openvla.model import OpenVLAOFTModel
+from perennial.policies._pi0 import anatomy as pi0_anatomy
+from perennial.policies._pi0.model import PI0Network
 from perennial.policies._placement import recompute_blocks
-from perennial.policies._smolvla_model import SmolVLANetwork
+from perennial.policies._smolvla import anatomy as smolvla_anatomy
+from perennial.policies._smolvla.model import SmolVLANetwork
 from perennial.policies.lora import LoRA, add_adapter, set_trainable
 from perennial.testing.memory import kept_for_backward
 
@@ -21,9 +24,9 @@ from perennial.testing.memory import kept_for_backward
 @pytest.mark.parametrize(
     ("make", "config", "describe"),
     [
-        (OpenVLAOFTModel, _openvla_anatomy.published_config(8), partial(_openvla_anatomy.describe, one_by_one=False)),
-        (partial(PI0Network.create, random=False), _pi0_anatomy.published_config(), _pi0_anatomy.describe),
-        (SmolVLANetwork, _smolvla_anatomy.published_config(), _smolvla_anatomy.describe),
+        (OpenVLAOFTModel, openvla_anatomy.published_config(8), partial(openvla_anatomy.describe, one_by_one=False)),
+        (partial(PI0Network.create, random=False), pi0_anatomy.published_config(), pi0_anatomy.describe),
+        (SmolVLANetwork, smolvla_anatomy.published_config(), smolvla_anatomy.describe),
     ],
     ids=["openvla", "pi0", "smolvla"],
 )

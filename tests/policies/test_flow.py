@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from perennial.policies._flow import log_density, times, transition
+from perennial.policies._flow.sde import log_density, times, transition
 
 MEAN, DEVIATION = 0.7, 0.4
 

@@ -17,7 +17,7 @@ from perennial.config import PolicyChoice
 from perennial.errors import PerennialError
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig
-from perennial.policies._openvla_decoding import causal_states
+from perennial.policies._openvla.decoding import causal_states
 from perennial.policies.base import Batch
 from perennial.policies.lora import LoRA
 from perennial.policies.openvla import OpenVLA

@@ -14,8 +14,8 @@ from tiny_openvla_oft import ACTION, STATE_DIM, tiny_policy
 from transformers import Dinov2WithRegistersModel, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
 
 from perennial.errors import PerennialError
-from perennial.policies._openvla_oft_config import HALF, IMAGENET_MEAN, IMAGENET_STD, Language, Tower
-from perennial.policies._openvla_oft_model import OpenVLAOFTModel
+from perennial.policies._openvla.config import HALF, IMAGENET_MEAN, IMAGENET_STD, Language, Tower
+from perennial.policies._openvla.model import OpenVLAOFTModel
 from perennial.policies.base import Batch, Observation
 from perennial.policies.openvla_oft import NormStats, OpenVLAOFT, OpenVLAOFTConfig, Quantiles
 from perennial.randomness import stream

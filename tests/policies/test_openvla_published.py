@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from perennial.errors import PerennialError
-from perennial.policies._openvla_keys import key_map
-from perennial.policies._openvla_oft_config import Quantiles
-from perennial.policies._openvla_oft_model import OpenVLAOFTModel
-from perennial.policies._openvla_settings import Settings, read_config
+from perennial.policies._openvla.config import Quantiles
+from perennial.policies._openvla.keys import key_map
+from perennial.policies._openvla.model import OpenVLAOFTModel
+from perennial.policies._openvla.settings import Settings, read_config
 from perennial.policies.base import Batch
 from perennial.policies.lora import LoRA, add_adapter, base_shapes
 from perennial.policies.openvla_oft import OpenVLAOFT

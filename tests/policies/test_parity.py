@@ -13,10 +13,10 @@ import torch
 from scipy.stats import norm
 from tiny_pi0 import ACTION, STATE, STATE_DIM, tiny_policy
 
-from perennial.policies import _flow
-from perennial.policies._openvla_oft_config import Language
-from perennial.policies._openvla_regression import RegressionHead
-from perennial.policies._pi0_config import Transformer
+from perennial.policies._flow import sde
+from perennial.policies._openvla.config import Language
+from perennial.policies._openvla.regression import RegressionHead
+from perennial.policies._pi0.config import Transformer
 from perennial.policies.openvla_oft import NormStats, Quantiles
 from perennial.randomness import stream
 from perennial.testing.policy_conformance import example_observation
@@ -100,10 +100,10 @@ def test_a_stochastic_step_is_rlinfs(steps):
         action, noise = x - velocity * now, x + velocity * (1 - now)
         expected = action * (1 - then) + noise * (then - sigma**2 * (now - then) / (2 * now))
         given = torch.from_numpy(x).float(), torch.from_numpy(velocity).float(), torch.full((8,), index), steps
-        mean, std = _flow.transition(*given, torch.tensor(0.5))
+        mean, std = sde.transition(*given, torch.tensor(0.5))
         np.testing.assert_allclose(mean.numpy(), expected, atol=2e-6)
         np.testing.assert_allclose(std.numpy(), sigma * np.sqrt(now - then), rtol=1e-5)
-        density = _flow.log_density(torch.from_numpy(x).float(), mean, std).numpy()
+        density = sde.log_density(torch.from_numpy(x).float(), mean, std).numpy()
         np.testing.assert_allclose(density, norm.logpdf(x, mean, std), atol=1e-4)
 
 

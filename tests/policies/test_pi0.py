@@ -12,7 +12,7 @@ from perennial.errors import PerennialError
 from perennial.learning.grpo import GRPO
 from perennial.learning.optimizer import AdamWConfig, build_optimizer
 from perennial.learning.ppo import PPO
-from perennial.policies._flow import training_noise
+from perennial.policies._flow.sde import training_noise
 from perennial.policies.base import Batch
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.policies.pi0 import PI0, Exploration, PI0Config

@@ -10,8 +10,9 @@ from tiny_pi0 import ACTION, STATE, STATE_DIM, tiny_policy
 
 from perennial.errors import PerennialError
 from perennial.merging.groups import group_of
-from perennial.policies import _pi0_checkpoint, _pi0_config
-from perennial.policies._pi0_model import PI0Network
+from perennial.policies._pi0 import checkpoint as pi0_checkpoint
+from perennial.policies._pi0 import config as pi0_config
+from perennial.policies._pi0.model import PI0Network
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.policies.pi0 import PI0
 from perennial.randomness import stream
@@ -47,10 +48,10 @@ def policy():
 def folder(tmp_path, policy, monkeypatch):
     """The published layout, at the tiny size."""
     config = policy.config
-    monkeypatch.setitem(_pi0_checkpoint.GEMMA, "gemma_2b", config.language)
-    monkeypatch.setitem(_pi0_checkpoint.GEMMA, "gemma_300m", config.expert)
-    tiny = {name: getattr(config, name) for name in _pi0_checkpoint.PUBLISHED}
-    monkeypatch.setattr(_pi0_checkpoint, "PUBLISHED", tiny)
+    monkeypatch.setitem(pi0_checkpoint.GEMMA, "gemma_2b", config.language)
+    monkeypatch.setitem(pi0_checkpoint.GEMMA, "gemma_300m", config.expert)
+    tiny = {name: getattr(config, name) for name in pi0_checkpoint.PUBLISHED}
+    monkeypatch.setattr(pi0_checkpoint, "PUBLISHED", tiny)
     policy.save(tmp_path)
     write(tmp_path, {published(name): weight for name, weight in policy.acting_weights().items()})
     add(tmp_path, {"paligemma_with_expert.gemma_expert.lm_head.weight": torch.zeros(config.vocab_size, 20)})
@@ -254,11 +255,11 @@ def test_own_and_published_names_belong_to_the_same_group(policy):
     for group, names in policy.groups.items():
         assert {group_of(name) for name in names} == {group}
         assert {group_of(published(name)) for name in names} == {group}
-        assert {_pi0_checkpoint.module_name(published(name)) for name in names} == set(names)
+        assert {pi0_checkpoint.module_name(published(name)) for name in names} == set(names)
 
 
 def test_the_published_sizes_are_those_of_the_3b_model():
-    moments = _pi0_config.Moments((0.0,), (1.0,))
+    moments = pi0_config.Moments((0.0,), (1.0,))
     with torch.device("meta"):
-        network = PI0Network(_pi0_config.PI0Config(moments, moments))
+        network = PI0Network(pi0_config.PI0Config(moments, moments))
     assert sum(p.numel() for p in network.parameters()) == pytest.approx(3.24e9, rel=0.01)

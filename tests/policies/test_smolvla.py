@@ -12,9 +12,9 @@ from tiny_smolvla import ACTION, STATE, STATE_DIM, tiny_policy
 
 from perennial.errors import PerennialError
 from perennial.merging.groups import group_of
-from perennial.policies import _smolvla_config
-from perennial.policies._smolvla_config import SmolVLAConfig
-from perennial.policies._smolvla_model import SmolVLANetwork
+from perennial.policies._smolvla import config as smolvla_config
+from perennial.policies._smolvla.config import SmolVLAConfig
+from perennial.policies._smolvla.model import SmolVLANetwork
 from perennial.policies.smolvla import SmolVLA
 from perennial.testing.policy_conformance import example_observation
 
@@ -61,8 +61,8 @@ def folder(tmp_path, policy, monkeypatch):
     """The published layout, at the tiny size."""
     config = policy.config
     tiny = SmolVLAConfig(config.state, config.action, **{name: getattr(config, name) for name in SIZES})
-    monkeypatch.setattr(_smolvla_config, "SmolVLAConfig", lambda *_: tiny)
-    monkeypatch.setattr(_smolvla_config, "_perceptron", lambda width: 256)
+    monkeypatch.setattr(smolvla_config, "SmolVLAConfig", lambda *_: tiny)
+    monkeypatch.setattr(smolvla_config, "_perceptron", lambda width: 256)
     policy.save(tmp_path)
     tensors = {f"model.{name}": weight for name, weight in load_file(tmp_path / "model.safetensors").items()}
     tensors["model.vlm_with_expert.vlm.lm_head.weight"] = torch.zeros(config.vocab_size, 24)
@@ -157,4 +157,4 @@ def test_the_published_sizes_are_those_of_the_model_of_450_million():
     with torch.device("meta"):
         network = SmolVLANetwork(SmolVLAConfig(ACTION, ACTION))
     assert sum(p.numel() for p in network.parameters()) + 49280 * 960 == pytest.approx(450e6, rel=0.001)
-    assert _smolvla_config._perceptron(720) == 2048
+    assert smolvla_config._perceptron(720) == 2048

@@ -1,6 +1,6 @@
 """A tiny OpenVLA-OFT or OpenVLA, quick enough for every test."""
 
-from perennial.policies._openvla_oft_config import HALF, IMAGENET_MEAN, IMAGENET_STD, Language, Tower
+from perennial.policies._openvla.config import HALF, IMAGENET_MEAN, IMAGENET_STD, Language, Tower
 from perennial.policies.openvla_oft import NormStats, OpenVLAOFT, Quantiles, small_config, train_tokenizer
 from perennial.testing.policy_conformance import INSTRUCTIONS
 

@@ -2,7 +2,7 @@
 
 from tokenizers.normalizers import Lowercase
 
-from perennial.policies._pi0_config import Transformer, Vision
+from perennial.policies._pi0.config import Transformer, Vision
 from perennial.policies._tokenizer import BOS, train_tokenizer
 from perennial.policies.pi0 import PI0, Moments, small_config
 from perennial.testing.policy_conformance import INSTRUCTIONS

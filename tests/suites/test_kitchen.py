@@ -26,9 +26,9 @@ def simulator(test):
 
 def simulations():
     """The module that imports the simulator; an environment must have been made, which chooses how MuJoCo draws."""
-    from perennial.suites import _kitchen_simulation
+    from perennial.suites._kitchen import simulation as kitchen_simulation
 
-    return _kitchen_simulation
+    return kitchen_simulation
 
 
 def start(environment, index=0, split="training"):
@@ -45,12 +45,12 @@ def test_reading_the_tasks_imports_no_simulator():
 
 @pytest.mark.parametrize("ask", [SUITE.make, SUITE.expert], ids=["make", "expert"])
 def test_a_missing_simulator_is_explained(monkeypatch, ask):
-    import perennial.suites
+    import perennial.suites._kitchen
 
     for library in ("gymnasium_robotics", "mujoco"):  # a MuJoCo imported now would keep the variable set below
         monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.delitem(sys.modules, "perennial.suites._kitchen_simulation", raising=False)
-    monkeypatch.delattr(perennial.suites, "_kitchen_simulation", raising=False)
+    monkeypatch.delitem(sys.modules, "perennial.suites._kitchen.simulation", raising=False)
+    monkeypatch.delattr(perennial.suites._kitchen, "simulation", raising=False)
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     with pytest.raises(PerennialError, match=r"run pip install -c constraints\.txt -e '\.\[kitchen\]' in"):
         ask("kettle")

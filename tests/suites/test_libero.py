@@ -9,8 +9,9 @@ from libero_assets import WITH_ASSETS, libero, needs_libero, unpacked  # noqa: F
 from packaging.requirements import Requirement
 
 from perennial.errors import PerennialError
-from perennial.suites import _libero_install, _libero_variants
-from perennial.suites._libero_tasks import FILES, FOLDERS, location, paraphrases, sentence
+from perennial.suites._libero import install as libero_install
+from perennial.suites._libero import variants as libero_variants
+from perennial.suites._libero.tasks import FILES, FOLDERS, location, paraphrases, sentence
 from perennial.suites.libero import Libero
 from perennial.suites.libero_retain import GENERALIST, TARGETS, LiberoRetain
 from perennial.suites.libero_study import LiberoStudy
@@ -148,7 +149,7 @@ def test_unknown_names_are_answered_with_the_nearest(task, variant):
 def test_a_missing_simulator_is_explained(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(PerennialError, match=r"run pip install -c constraints\.txt -e '\.\[libero\]' in"):
-        _libero_install.package()
+        libero_install.package()
 
 
 def test_it_is_not_to_be_installed_beside_another_robosuite(monkeypatch):
@@ -166,7 +167,7 @@ def test_an_import_that_fails_says_the_same(installed, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     monkeypatch.setitem(sys.modules, "libero", None)
     monkeypatch.delitem(sys.modules, "libero.libero", raising=False)
-    monkeypatch.delitem(sys.modules, "perennial.suites._libero_simulation", raising=False)
+    monkeypatch.delitem(sys.modules, "perennial.suites._libero.simulation", raising=False)
     with pytest.raises(PerennialError, match=r"cannot be imported .*; it needs an environment of its own"):
         SUITE.make("object-0")
 
@@ -174,29 +175,29 @@ def test_an_import_that_fails_says_the_same(installed, monkeypatch):
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """A folder that pretends to be the installed package, and a home without anything in it."""
-    monkeypatch.setattr(_libero_install, "package", lambda: tmp_path / "package")
+    monkeypatch.setattr(libero_install, "package", lambda: tmp_path / "package")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 
 def complete(folder):
-    for kind in _libero_install._KINDS:
+    for kind in libero_install._KINDS:
         (folder / kind).mkdir(parents=True)
     return folder
 
 
 def test_missing_assets_are_one_sentence_with_the_folder_and_the_variable(installed, monkeypatch):
     with pytest.raises(PerennialError, match=r"package/assets.*PERENNIAL_LIBERO_ASSETS") as raised:
-        _libero_install.assets()
+        libero_install.assets()
     assert f"--local-dir {installed / 'home' / '.cache' / 'libero' / 'assets'}" in str(raised.value)
     assert "python" not in str(raised.value), "importing LIBERO asks a question"
     complete(installed / "home" / ".cache" / "libero" / "assets")
-    assert _libero_install.assets() == installed / "home" / ".cache" / "libero" / "assets"
+    assert libero_install.assets() == installed / "home" / ".cache" / "libero" / "assets"
     monkeypatch.setenv("PERENNIAL_LIBERO_ASSETS", str(installed / "mine"))
     with pytest.raises(PerennialError, match="mine"):
-        _libero_install.assets()
-    assert complete(installed / "mine") == _libero_install.assets()
+        libero_install.assets()
+    assert complete(installed / "mine") == libero_install.assets()
 
 
 def test_the_doctor_says_what_is_missing(installed, monkeypatch):
@@ -226,12 +227,12 @@ def test_the_extra_asks_for_releases_that_the_doctor_does_not_refuse():
         extra = tomllib.load(file)["project"]["optional-dependencies"]["libero"]
     wanted = {requirement.name: requirement.specifier for requirement in map(Requirement, extra)}
     assert "3.3.3" not in wanted["mujoco"]
-    assert _libero_install.LAST_MUJOCO in wanted["mujoco"]
-    assert _libero_install.ROBOSUITE in wanted["robosuite"]
+    assert libero_install.LAST_MUJOCO in wanted["mujoco"]
+    assert libero_install.ROBOSUITE in wanted["robosuite"]
 
 
 def test_the_config_is_written_into_our_own_folder(installed):
-    folder = _libero_install._write_config(installed / "package", installed / "assets")
+    folder = libero_install._write_config(installed / "package", installed / "assets")
     assert folder == installed / "cache" / "perennial" / "libero"
     written = json.loads((folder / "config.yaml").read_text())
     assert written["assets"] == str(installed / "assets")
@@ -242,7 +243,7 @@ def test_the_config_is_written_into_our_own_folder(installed):
 def test_a_users_config_is_respected(libero, tmp_path):  # noqa: F811
     """A config.yaml is neither changed nor looked past, and the import asks nothing on an empty standard input."""
     code = (
-        "import os; from perennial.suites import _libero_install; _libero_install.prepare(); "
+        "import os; from perennial.suites._libero import install as libero_install; libero_install.prepare(); "
         "import libero.libero; print(libero.libero.config_file)"
     )
     for name, content in (("mine", "assets: /elsewhere\n"), ("empty", None)):
@@ -265,7 +266,7 @@ def test_a_users_config_is_respected(libero, tmp_path):  # noqa: F811
 
 @needs_libero
 def test_tasks_are_those_of_the_benchmark(libero):  # noqa: F811
-    _libero_install.prepare()
+    libero_install.prepare()
     from libero.libero.benchmark import grab_language_from_filename
     from libero.libero.benchmark.libero_suite_task_map import libero_task_map
 
@@ -289,5 +290,5 @@ CONFORMING = [(check, SUITE, "object-0") for check in CHECKS] + [
     ("check", "suite", "task"), [pytest.param(*of, id=f"{of[1].name}-{of[0].__name__}") for of in CONFORMING]
 )
 def test_conformance(libero, monkeypatch, check, suite, task):  # noqa: F811
-    monkeypatch.setattr(_libero_variants, "_DISTRACTORS", WITH_ASSETS)
+    monkeypatch.setattr(libero_variants, "_DISTRACTORS", WITH_ASSETS)
     check(suite, task)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from libero_assets import libero, needs_libero, unpacked  # noqa: F401
 
-from perennial.suites._libero_expert import (
+from perennial.suites._libero.expert import (
     _GAIN,
     Progress,
     Thing,

@@ -11,8 +11,8 @@ import pytest
 from libero_assets import NAMED, WITH_ASSETS, libero, needs_libero, unpacked  # noqa: F401
 
 from perennial.errors import PerennialError
-from perennial.suites import _libero_variants
-from perennial.suites._libero_tasks import location
+from perennial.suites._libero import variants as libero_variants
+from perennial.suites._libero.tasks import location
 from perennial.suites.libero import Libero
 from perennial.suites.libero_retain import LiberoRetain
 from perennial.suites.libero_study import LiberoStudy
@@ -33,7 +33,7 @@ def theirs(task, index, size=None):
     """LIBERO's own environment after its own reset and ten steps at rest, and what it observed."""
     from libero.libero.envs.env_wrapper import ControlEnv
 
-    from perennial.suites._libero_simulation import FOLDER, stored_states
+    from perennial.suites._libero.simulation import FOLDER, stored_states
 
     folder, file = location(task)
     drawing = {"camera_heights": size, "camera_widths": size} if size else {"use_camera_obs": False}
@@ -81,7 +81,7 @@ def test_episodes_are_those_of_libero_bit_for_bit(libero, task):  # noqa: F811
 def test_drawn_beginnings_are_those_of_liberos_reset(libero):  # noqa: F811
     """Also where furniture that a reset moves carries things, after another beginning was drawn."""
     SUITE.make("spatial-9").close()
-    from perennial.suites._libero_simulation import Scene
+    from perennial.suites._libero.simulation import Scene
 
     scene = Scene(("spatial-9", "id", "", 0))
     reference, _ = theirs("spatial-9", 0)
@@ -136,7 +136,7 @@ def test_the_camera_of_the_study_is_where_its_code_puts_it(libero):  # noqa: F81
 
 def test_retain_moves_things_and_adds_others(libero, monkeypatch):  # noqa: F811
     """Distractors stand on the table of long-7 in another room, the same ones for ten episodes."""
-    monkeypatch.setattr(_libero_variants, "_DISTRACTORS", WITH_ASSETS)
+    monkeypatch.setattr(libero_variants, "_DISTRACTORS", WITH_ASSETS)
     environment = LiberoRetain().make("long-7", "hard-1", image_size=32)
     found = []
     for index in (0, 9, 10):
@@ -167,9 +167,9 @@ def test_a_missing_or_damaged_file_of_the_assets_is_named(libero, unpacked, tmp_
         (assets / file).write_bytes(content)
     monkeypatch.setenv("PERENNIAL_LIBERO_ASSETS", str(assets))
     environment = SUITE.make("object-7")
-    from perennial.suites import _libero_simulation
+    from perennial.suites._libero import simulation as libero_simulation
 
-    monkeypatch.setattr(_libero_simulation, "_scenes", {})
+    monkeypatch.setattr(libero_simulation, "_scenes", {})
     with pytest.raises(PerennialError, match=r"PERENNIAL_LIBERO_ASSETS") as raised:
         start(environment)
     said = str(raised.value)
@@ -182,12 +182,12 @@ def test_a_missing_or_damaged_file_of_the_assets_is_named(libero, unpacked, tmp_
 def simulation(libero, monkeypatch):  # noqa: F811
     """The module of the simulation, with room for one scene and nothing remembered."""
     Libero().make("object-5").close()  # chooses how to draw, before anything imports MuJoCo
-    from perennial.suites import _libero_simulation
+    from perennial.suites._libero import simulation as libero_simulation
 
-    monkeypatch.setattr(_libero_simulation, "_SCENES", 1)
-    monkeypatch.setattr(_libero_simulation, "_scenes", {})
-    monkeypatch.setattr(_libero_simulation, "_settled", {})
-    return _libero_simulation
+    monkeypatch.setattr(libero_simulation, "_SCENES", 1)
+    monkeypatch.setattr(libero_simulation, "_scenes", {})
+    monkeypatch.setattr(libero_simulation, "_settled", {})
+    return libero_simulation
 
 
 def episode(environment, steps=5):

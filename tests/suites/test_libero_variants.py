@@ -9,10 +9,10 @@ from libero_assets import libero, needs_libero, unpacked  # noqa: F401
 
 from perennial.errors import PerennialError
 from perennial.randomness import stream
-from perennial.suites import _libero_install
-from perennial.suites._libero_install import package
-from perennial.suites._libero_tasks import location
-from perennial.suites._libero_variants import (
+from perennial.suites._libero import install as libero_install
+from perennial.suites._libero.install import package
+from perennial.suites._libero.tasks import location
+from perennial.suites._libero.variants import (
     _DISTRACTORS,
     CAM2,
     PERTURBED,
@@ -156,7 +156,7 @@ LARGE = {
 @needs_libero
 def test_what_retain_excludes_is_all_that_is_left_out(libero):  # noqa: F811
     """Of LIBERO's fifty kinds, twenty large ones and five others."""
-    _libero_install.prepare()
+    libero_install.prepare()
     from libero.libero.envs.objects import get_object_dict
 
     excluded = LARGE | {"cherries", "corn", "mayo", "salad_dressing", "target_zone"}

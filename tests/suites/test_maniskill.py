@@ -11,8 +11,10 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from perennial.errors import PerennialError
-from perennial.suites import _maniskill_experts, _maniskill_install, maniskill
-from perennial.suites._maniskill_tasks import ON_PLATE
+from perennial.suites import maniskill
+from perennial.suites._maniskill import experts as maniskill_experts
+from perennial.suites._maniskill import install as maniskill_install
+from perennial.suites._maniskill.tasks import ON_PLATE
 from perennial.suites.maniskill import ManiSkill
 from perennial.testing.suite_conformance import (
     CHECKS,
@@ -27,10 +29,10 @@ TABLE_TOP = sorted(SUITE.tasks.keys() - ON_PLATE.keys())
 def missing():
     if importlib.util.find_spec("mani_skill") is None:
         return "ManiSkill is not installed"
-    if _maniskill_install.renderer() == "gpu":
+    if maniskill_install.renderer() == "gpu":
         return ""
     try:
-        _maniskill_install.software_driver()
+        maniskill_install.software_driver()
     except PerennialError as error:
         return str(error)
     return ""
@@ -88,8 +90,8 @@ def test_unknown_names_are_answered_with_the_nearest(task, variant):
 
 def test_a_missing_package_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "mani_skill", None)
-    monkeypatch.delitem(sys.modules, "perennial.suites._maniskill_simulation", raising=False)
-    monkeypatch.delattr("perennial.suites._maniskill_simulation", raising=False)
+    monkeypatch.delitem(sys.modules, "perennial.suites._maniskill.simulation", raising=False)
+    monkeypatch.delattr("perennial.suites._maniskill.simulation", raising=False)
     with pytest.raises(PerennialError, match=r"run pip install -c constraints\.txt -e '\.\[maniskill\]' in"):
         SUITE.make("PickCube")
 
@@ -97,9 +99,9 @@ def test_a_missing_package_is_explained(monkeypatch):
 @pytest.fixture
 def drivers(tmp_path, monkeypatch):
     """An empty folder of Vulkan drivers on a machine without a GPU; gives the means to add one."""
-    monkeypatch.setattr(_maniskill_install, "_FOLDER", tmp_path)
-    monkeypatch.setattr(_maniskill_install, "_LOCAL", tmp_path / "local")
-    monkeypatch.setattr(_maniskill_install, "_GPU", tmp_path / "nvidia0")
+    monkeypatch.setattr(maniskill_install, "_FOLDER", tmp_path)
+    monkeypatch.setattr(maniskill_install, "_LOCAL", tmp_path / "local")
+    monkeypatch.setattr(maniskill_install, "_GPU", tmp_path / "nvidia0")
     monkeypatch.delenv("VK_ICD_FILENAMES", raising=False)
     monkeypatch.delenv("LP_NUM_THREADS", raising=False)
 
@@ -113,41 +115,41 @@ def drivers(tmp_path, monkeypatch):
 
 def test_a_missing_or_old_vulkan_driver_is_explained_with_the_line_that_installs_one(drivers):
     with pytest.raises(PerennialError, match=r"no lvp_icd.*apt-get install -t bookworm-backports mesa-vulkan-drivers"):
-        _maniskill_install.software_driver()
+        maniskill_install.software_driver()
     drivers("1.3.230")
     with pytest.raises(PerennialError, match=r"is of Vulkan 1\.3\.230"):
-        _maniskill_install.software_driver()
+        maniskill_install.software_driver()
     drivers("1.4.305")
-    assert _maniskill_install.software_driver() == "lvp_icd.json, Vulkan 1.4.305"
+    assert maniskill_install.software_driver() == "lvp_icd.json, Vulkan 1.4.305"
 
 
 def test_a_driver_that_is_named_is_used_instead(drivers, monkeypatch, tmp_path):
     drivers("1.4.305")
     monkeypatch.setenv("VK_ICD_FILENAMES", str(drivers("1.4.400", "mine.json")))
-    assert _maniskill_install.software_driver() == "mine.json, Vulkan 1.4.400"
+    assert maniskill_install.software_driver() == "mine.json, Vulkan 1.4.400"
     monkeypatch.setenv("VK_ICD_FILENAMES", str(tmp_path / "gone.json"))
     with pytest.raises(PerennialError, match=r"VK_ICD_FILENAMES=.*gone\.json"):
-        _maniskill_install.software_driver()
+        maniskill_install.software_driver()
 
 
 def test_preparing_names_mesas_driver_unless_there_is_a_gpu_or_a_choice(drivers, monkeypatch, tmp_path):
     file = drivers("1.4.305")
     monkeypatch.setenv("VK_ICD_FILENAMES", "chosen.json")
-    _maniskill_install.prepare()
-    assert _maniskill_install.os.environ["VK_ICD_FILENAMES"] == "chosen.json"
+    maniskill_install.prepare()
+    assert maniskill_install.os.environ["VK_ICD_FILENAMES"] == "chosen.json"
     monkeypatch.delenv("VK_ICD_FILENAMES")
     (tmp_path / "nvidia0").touch()
-    assert _maniskill_install.renderer() == "cpu", "the GPU's driver is not here"
+    assert maniskill_install.renderer() == "cpu", "the GPU's driver is not here"
     drivers("1.4.303", "local/nvidia_icd.json")
-    assert _maniskill_install.renderer() == "gpu"
-    _maniskill_install.prepare()
-    assert "VK_ICD_FILENAMES" not in _maniskill_install.os.environ
+    assert maniskill_install.renderer() == "gpu"
+    maniskill_install.prepare()
+    assert "VK_ICD_FILENAMES" not in maniskill_install.os.environ
     monkeypatch.setenv("VK_ICD_FILENAMES", str(file))
-    assert _maniskill_install.renderer() == "cpu", "Mesa's driver was chosen"
+    assert maniskill_install.renderer() == "cpu", "Mesa's driver was chosen"
     monkeypatch.delenv("VK_ICD_FILENAMES")
     (tmp_path / "nvidia0").unlink()
-    _maniskill_install.prepare()
-    assert _maniskill_install.os.environ["VK_ICD_FILENAMES"] == str(file)
+    maniskill_install.prepare()
+    assert maniskill_install.os.environ["VK_ICD_FILENAMES"] == str(file)
     monkeypatch.delenv("VK_ICD_FILENAMES")
 
 
@@ -248,7 +250,7 @@ DOWN = Rotation.from_euler("x", 180, degrees=True)
 )
 def test_the_hand_turns_the_short_way_to_a_side_of_the_cube(cube, hand, turn):
     grasped = pose([0.0, 0, 0], Rotation.from_euler("z", cube, degrees=True))
-    yaw, found = _maniskill_experts._askew(
+    yaw, found = maniskill_experts._askew(
         grasped, pose([0.0, 0, 0], Rotation.from_euler("z", hand, degrees=True) * DOWN)
     )
     np.testing.assert_allclose(np.degrees([yaw, found]), [hand, turn], atol=1e-9)
@@ -257,7 +259,7 @@ def test_the_hand_turns_the_short_way_to_a_side_of_the_cube(cube, hand, turn):
 def test_commands_move_in_tenths_of_a_metre_and_turn_against_the_sign():
     """A hand that points down and must turn by 0.02 radians about z gets -0.4 at a gain of 20 per radian."""
     hand = pose([0.0, 0, 0], DOWN)
-    action = _maniskill_experts._command(hand, np.array([0.01, -1.0, 0.0]), 0.02, 1.0)
+    action = maniskill_experts._command(hand, np.array([0.01, -1.0, 0.0]), 0.02, 1.0)
     np.testing.assert_allclose(action, [0.2, -1, 0, 0, 0, -0.4, 1], atol=1e-6)
 
 
@@ -271,7 +273,7 @@ def test_commands_move_in_tenths_of_a_metre_and_turn_against_the_sign():
     ],
 )
 def test_the_hand_keeps_high_until_it_is_above(hand, way):
-    found = _maniskill_experts._towards(np.array(hand), np.zeros(3))
+    found = maniskill_experts._towards(np.array(hand), np.zeros(3))
     np.testing.assert_allclose(found, way, atol=1e-9)
 
 

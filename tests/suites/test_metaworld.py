@@ -62,11 +62,11 @@ def test_reading_the_tasks_imports_no_simulator():
 
 def test_a_missing_simulator_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld", None)
-    monkeypatch.delitem(sys.modules, "perennial.suites._metaworld_simulation", raising=False)
+    monkeypatch.delitem(sys.modules, "perennial.suites._metaworld.simulation", raising=False)
     monkeypatch.setenv("MUJOCO_GL", "glfw")
-    import perennial.suites
+    import perennial.suites._metaworld
 
-    monkeypatch.delattr(perennial.suites, "_metaworld_simulation", raising=False)
+    monkeypatch.delattr(perennial.suites._metaworld, "simulation", raising=False)
     with pytest.raises(PerennialError, match=r"run pip install -c constraints\.txt -e '\.\[metaworld\]' in"):
         SUITE.make("drawer-open-v3")
 
@@ -227,11 +227,11 @@ def test_environments_share_a_model_but_not_the_places_of_things(task):
 
 @pytest.mark.simulator
 def test_a_model_that_was_dropped_is_compiled_anew():
-    from perennial.suites import _metaworld_simulation
+    from perennial.suites._metaworld import simulation as metaworld_simulation
 
     one = SUITE.make("drawer-open-v3")
     start(one)
-    _metaworld_simulation.compiled.cache_clear()
+    metaworld_simulation.compiled.cache_clear()
     other = SUITE.make("drawer-open-v3")
     start(other)
     assert one._simulation.model is not other._simulation.model

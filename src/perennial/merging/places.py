@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from perennial.merging.tensor_files import Checkpoint
-from perennial.policies import _openvla_keys, _openvla_settings, _pi0_checkpoint
+from perennial.policies._openvla import keys as openvla_keys
+from perennial.policies._openvla import settings as openvla_settings
+from perennial.policies._pi0 import checkpoint as pi0_checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ def _without(prefix: str) -> Callable[[str], str]:
 
 
 OWN_NAMES: Mapping[str, Callable[[str], str]] = {
-    "pi0": _pi0_checkpoint.module_name,
+    "pi0": pi0_checkpoint.module_name,
     "smolvla": _without("model."),
 }
 """By the type in LeRobot's config.json: our name of a published tensor."""
@@ -45,9 +47,9 @@ def places(base: Checkpoint, layers: Mapping[str, int]) -> dict[str, Place]:
     """
     config = _config(base.path)
     if config.get("model_type") == "openvla":
-        first = _openvla_settings.first_action_token(config)
+        first = openvla_settings.first_action_token(config)
         return {
-            name: Place(*_openvla_keys.published_rows(f"{name}.weight", outputs, first))
+            name: Place(*openvla_keys.published_rows(f"{name}.weight", outputs, first))
             for name, outputs in layers.items()
         }
     # Files beside an OpenVLA-OFT have the prefix of torch's data parallelism.

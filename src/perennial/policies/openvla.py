@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from perennial.policies._openvla_decoding import causal_states
+from perennial.policies._openvla.decoding import causal_states
 from perennial.policies.base import ActionChunk, Batch, Observation
 from perennial.policies.lora import unwrap
 from perennial.policies.openvla_oft import OpenVLAOFT, choose

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from perennial.errors import PerennialError, not_installed
-from perennial.policies import _images, _openvla_anatomy, _openvla_published, _openvla_settings, _softmax, _tokenizer
+from perennial.policies import _images, _softmax, _tokenizer
 from perennial.policies._anatomy import Anatomy
 from perennial.policies._families import wrong_family
 from perennial.policies._groups import by_prefix
-from perennial.policies._openvla_oft_config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
+from perennial.policies._openvla import anatomy as openvla_anatomy
+from perennial.policies._openvla import published as openvla_published
+from perennial.policies._openvla import settings as openvla_settings
+from perennial.policies._openvla.config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
 from perennial.policies._placement import module_lists
 from perennial.policies._tensors import read_tensors, write_tensors
 from perennial.policies._tokenizer import train_tokenizer
@@ -37,7 +40,7 @@ from perennial.randomness import integer_seed
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from perennial.policies._openvla_oft_model import OpenVLAOFTModel
+    from perennial.policies._openvla.model import OpenVLAOFTModel
 
 __all__ = ["NormStats", "OpenVLAOFT", "OpenVLAOFTConfig", "Quantiles", "small_config", "train_tokenizer"]
 
@@ -68,7 +71,7 @@ class OpenVLAOFT(Policy):
         config: OpenVLAOFTConfig,
         tokenizer: Tokenizer,
         model: OpenVLAOFTModel,
-        source: _openvla_published.Source | None = None,
+        source: openvla_published.Source | None = None,
     ) -> None:
         self.config = config
         self.source = source
@@ -210,24 +213,24 @@ class OpenVLAOFT(Policy):
 
         Args:
             folder: as this class writes it (config.json, tokenizer.json, model.safetensors), or as on the Hugging Face
-                hub (see `_openvla_published`).
+                hub (see `_openvla.published`).
             dtype: of the weights; None takes what perennial.json says, float32 where it says nothing.
             device: where the weights go.
 
         Raises:
             PerennialError: a file is missing or damaged, or the checkpoint does not fit this policy.
         """
-        if _openvla_published.is_published(folder):
-            source, config, tokenizer = _openvla_published.read_description(folder, cls.published_chunk, cls.regression)
+        if openvla_published.is_published(folder):
+            source, config, tokenizer = openvla_published.read_description(folder, cls.published_chunk, cls.regression)
             model = _network(config, "absent")
             chosen = dtype or getattr(torch, source.settings.dtype)
-            _openvla_published.read_weights(source, config, model, chosen, torch.device(device))
+            openvla_published.read_weights(source, config, model, chosen, torch.device(device))
             return cls(config, tokenizer, model.to(device), source)
         return cls._load_own(folder, dtype or torch.float32, device)
 
     @classmethod
     def _load_own(cls, folder: Path, dtype: torch.dtype, device: str) -> Self:
-        content = _openvla_settings.read_json(folder / "config.json")
+        content = openvla_settings.read_json(folder / "config.json")
         if "openvla_oft" not in content or content.get("policy", cls.name) != cls.name:
             raise wrong_family(folder, content, cls.name)
         tokenizer = _tokenizer.read_tokenizer(folder, "copy the folder again")
@@ -248,7 +251,7 @@ class OpenVLAOFT(Policy):
     @classmethod
     def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
         """See `Policy.anatomy`."""
-        return _openvla_anatomy.read(folder, cls.published_chunk, instruction, cls.one_by_one, cls.regression)
+        return openvla_anatomy.read(folder, cls.published_chunk, instruction, cls.one_by_one, cls.regression)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The blocks of both vision towers and of the Llama."""
@@ -261,7 +264,7 @@ class OpenVLAOFT(Policy):
         """
         if self.source is not None:
             chosen = dtype or next(self.model.parameters()).dtype
-            _openvla_published.write_checkpoint(folder, self.source, self.config, self.model, chosen)
+            openvla_published.write_checkpoint(folder, self.source, self.config, self.model, chosen)
             return
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"policy": self.name, "openvla_oft": self.config.to_json()}, indent=2)
@@ -281,7 +284,7 @@ def _network(config: OpenVLAOFTConfig, weights: Literal["random", "unset", "abse
     try:
         from transformers.initialization import no_init_weights
 
-        from perennial.policies._openvla_oft_model import OpenVLAOFTModel
+        from perennial.policies._openvla.model import OpenVLAOFTModel
 
         if weights == "random":
             return OpenVLAOFTModel(config)

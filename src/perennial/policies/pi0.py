@@ -1,6 +1,6 @@
 """pi-0: chunks of continuous actions by flow matching (Black et al., arXiv 2410.24164), on transformers' own network.
 
-The 3B checkpoint and the small default are this class with another config. How it acts and learns is in `_flow_policy`.
+The 3B checkpoint and the small default are this class with another config. How it acts and learns is in `_flow.policy`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from perennial.errors import not_installed
-from perennial.policies import _images, _pi0_anatomy, _pi0_checkpoint, _tokenizer
+from perennial.policies import _images, _tokenizer
 from perennial.policies._anatomy import Anatomy
-from perennial.policies._flow_policy import FlowPolicy
-from perennial.policies._lerobot_layout import Names
-from perennial.policies._pi0_config import Exploration, Moments, PI0Config, small_config
+from perennial.policies._flow.lerobot_layout import Names
+from perennial.policies._flow.policy import FlowPolicy
+from perennial.policies._pi0 import anatomy as pi0_anatomy
+from perennial.policies._pi0 import checkpoint as pi0_checkpoint
+from perennial.policies._pi0.config import Exploration, Moments, PI0Config, small_config
 from perennial.policies._placement import module_lists
 from perennial.policies.base import Observation
 
@@ -32,12 +34,12 @@ class PI0(FlowPolicy):
 
     name: ClassVar[str] = "pi0"
     tokenizer_of: ClassVar[str] = "google/paligemma-3b-pt-224"
-    names: ClassVar[Names] = _pi0_checkpoint.NAMES
+    names: ClassVar[Names] = pi0_checkpoint.NAMES
 
     @classmethod
     def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
         """See `Policy.anatomy`."""
-        return _pi0_anatomy.read(folder, instruction)
+        return pi0_anatomy.read(folder, instruction)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The vision tower's blocks and the decoders' perceptrons; attention adds to a cache and must run once."""
@@ -53,14 +55,14 @@ class PI0(FlowPolicy):
     @classmethod
     def _build(cls, config: Any, random: bool) -> Any:
         try:
-            from perennial.policies._pi0_model import PI0Network
+            from perennial.policies._pi0.model import PI0Network
         except ModuleNotFoundError as error:
             raise not_installed("pi0", "vla", error) from error
         return PI0Network.create(config, random)
 
     @classmethod
     def _read_config(cls, folder: Path) -> PI0Config:
-        return _pi0_checkpoint.read_config(folder)
+        return pi0_checkpoint.read_config(folder)
 
     def _prefix(self, observation: Observation) -> Any:
         return self._network.prefix(*self._seen(observation))

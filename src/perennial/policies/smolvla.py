@@ -1,6 +1,6 @@
 """SmolVLA: pi-0's flow on a small vision-language model (Shukor et al., arXiv 2506.01844), by transformers' SmolVLM.
 
-How it acts and learns is in `_flow_policy`. Its network (see `_smolvla_model`) reads the state as a token of the
+How it acts and learns is in `_flow.policy`. Its network (see `_smolvla.model`) reads the state as a token of the
 prefix, and its prompt has no first token of its own.
 """
 
@@ -15,12 +15,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from perennial.errors import not_installed
-from perennial.policies import _images, _smolvla_anatomy, _smolvla_config
+from perennial.policies import _images
 from perennial.policies._anatomy import Anatomy
-from perennial.policies._flow_policy import FlowPolicy
-from perennial.policies._lerobot_layout import Names
-from perennial.policies._pi0_config import Moments
-from perennial.policies._smolvla_config import UNUSED, SmolVLAConfig, small_config
+from perennial.policies._flow.lerobot_layout import Names
+from perennial.policies._flow.policy import FlowPolicy
+from perennial.policies._pi0.config import Moments
+from perennial.policies._smolvla import anatomy as smolvla_anatomy
+from perennial.policies._smolvla import config as smolvla_config
+from perennial.policies._smolvla.config import UNUSED, SmolVLAConfig, small_config
 from perennial.policies.base import Observation
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class SmolVLA(FlowPolicy):
     @classmethod
     def anatomy(cls, folder: Path | None, instruction: str) -> Anatomy:
         """See `Policy.anatomy`."""
-        return _smolvla_anatomy.read(folder, instruction)
+        return smolvla_anatomy.read(folder, instruction)
 
     def blocks(self) -> Sequence[nn.Module]:
         """The vision tower's blocks and the decoders' perceptrons."""
@@ -63,11 +65,11 @@ class SmolVLA(FlowPolicy):
     @classmethod
     def _build(cls, config: Any, random: bool) -> Any:
         try:
-            from perennial.policies._smolvla_model import SmolVLANetwork
+            from perennial.policies._smolvla.model import SmolVLANetwork
         except ModuleNotFoundError as error:
             raise not_installed("smolvla", "vla", error) from error
         return SmolVLANetwork.create(config, random)
 
     @classmethod
     def _read_config(cls, folder: Path) -> SmolVLAConfig:
-        return _smolvla_config.read_config(folder)
+        return smolvla_config.read_config(folder)

@@ -17,7 +17,7 @@ import numpy as np
 
 from perennial.errors import how_to_install, not_installed
 from perennial.suites import base
-from perennial.suites._kitchen_tasks import SEQUENCES, TASKS, VARIANTS
+from perennial.suites._kitchen.tasks import SEQUENCES, TASKS, VARIANTS
 from perennial.suites._mujoco import Painter, borrow, choose_gl, give_back
 
 
@@ -41,7 +41,7 @@ class Kitchen(base.Suite):
         """The scripted expert of `task`."""
         base.require_known(self, self.name, [task])
         _simulator()
-        from perennial.suites._kitchen_expert import ScriptedExpert
+        from perennial.suites._kitchen.expert import ScriptedExpert
 
         return ScriptedExpert(task)
 
@@ -59,10 +59,10 @@ def _simulator() -> Any:
     """The module that imports gymnasium-robotics."""
     choose_gl()
     try:
-        from perennial.suites import _kitchen_simulation
+        from perennial.suites._kitchen import simulation as kitchen_simulation
     except ImportError as error:
         raise not_installed("Franka Kitchen", "kitchen", error) from error
-    return _kitchen_simulation
+    return kitchen_simulation
 
 
 class KitchenEnvironment(base.Environment):

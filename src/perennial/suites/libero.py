@@ -22,10 +22,11 @@ import numpy as np
 from packaging.version import Version
 
 from perennial.errors import PerennialError, unknown
-from perennial.suites import _libero_expert, base
-from perennial.suites._libero_install import LAST_MUJOCO, ROBOSUITE, assets, how_to_get, prepare
-from perennial.suites._libero_tasks import HORIZONS, SEQUENCES, tasks
-from perennial.suites._libero_variants import PERTURBED, shift
+from perennial.suites import base
+from perennial.suites._libero import expert as libero_expert
+from perennial.suites._libero.install import LAST_MUJOCO, ROBOSUITE, assets, how_to_get, prepare
+from perennial.suites._libero.tasks import HORIZONS, SEQUENCES, tasks
+from perennial.suites._libero.variants import PERTURBED, shift
 
 THIRD_PERSON, WRIST = "agentview", "robot0_eye_in_hand"
 
@@ -38,7 +39,7 @@ class Protocol:
         cameras: that a policy sees.
         stored: numbers of LIBERO's stored states by split; other splits draw new ones.
         tasks: by name.
-        variants: names, see `_libero_variants`.
+        variants: names, see `_libero.variants`.
     """
 
     cameras: tuple[str, ...] = (THIRD_PERSON,)
@@ -85,7 +86,7 @@ class Libero(base.Suite):
         """A scripted expert for the tasks of spatial (but `spatial-4`) and object."""
         if task not in self.tasks:
             raise unknown("LIBERO task", task, self.tasks)
-        return _libero_expert.PickAndPlace() if task in _libero_expert.TASKS else None
+        return libero_expert.PickAndPlace() if task in libero_expert.TASKS else None
 
     def doctor(self) -> list[Any]:
         """One check for all suites of LIBERO."""
@@ -115,10 +116,10 @@ def _simulator() -> Any:
     """The module that imports LIBERO."""
     try:
         prepare()
-        from perennial.suites import _libero_simulation
+        from perennial.suites._libero import simulation as libero_simulation
     except ImportError as error:
         raise PerennialError(f"LIBERO cannot be imported ({error}); {how_to_get()}.") from error
-    return _libero_simulation
+    return libero_simulation
 
 
 class LiberoEnvironment(base.Environment):

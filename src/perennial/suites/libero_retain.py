@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from perennial.suites import base
-from perennial.suites._libero_tasks import FILES, HORIZONS, tasks
-from perennial.suites._libero_variants import RETAIN
+from perennial.suites._libero.tasks import FILES, HORIZONS, tasks
+from perennial.suites._libero.variants import RETAIN
 from perennial.suites.libero import THIRD_PERSON, WRIST, Libero, Protocol
 
 TARGETS = tuple(RETAIN)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from perennial.suites._libero_tasks import HORIZONS, tasks
-from perennial.suites._libero_variants import PERTURBED
+from perennial.suites._libero.tasks import HORIZONS, tasks
+from perennial.suites._libero.variants import PERTURBED
 from perennial.suites.libero import Libero, Protocol
 
 HORIZON = 512

@@ -21,9 +21,10 @@ import gymnasium
 import numpy as np
 
 from perennial.errors import PerennialError, how_to_install, not_installed
-from perennial.suites import _maniskill_experts, base
-from perennial.suites._maniskill_install import prepare, renderer, software_driver
-from perennial.suites._maniskill_tasks import ON_PLATE, SEQUENCES, TASKS
+from perennial.suites import base
+from perennial.suites._maniskill import experts as maniskill_experts
+from perennial.suites._maniskill.install import prepare, renderer, software_driver
+from perennial.suites._maniskill.tasks import ON_PLATE, SEQUENCES, TASKS
 
 
 class ManiSkill(base.Suite):
@@ -53,7 +54,7 @@ class ManiSkill(base.Suite):
     def expert(self, task: str) -> base.Expert | None:
         """A scripted expert for the tasks with cubes."""
         base.require_known(self, self.name, [task])
-        return _maniskill_experts.EXPERTS.get(task)
+        return maniskill_experts.EXPERTS.get(task)
 
     def doctor(self) -> list[Any]:
         """Whether ManiSkill and a Vulkan driver are here."""
@@ -75,10 +76,10 @@ def _simulator() -> Any:
     """The module that imports ManiSkill."""
     prepare()
     try:
-        from perennial.suites import _maniskill_simulation
+        from perennial.suites._maniskill import simulation as maniskill_simulation
     except ImportError as error:
         raise not_installed("ManiSkill", "maniskill", error) from error
-    return _maniskill_simulation
+    return maniskill_simulation
 
 
 class ManiSkillEnvironment(base.Environment):

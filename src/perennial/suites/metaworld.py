@@ -19,8 +19,8 @@ import numpy as np
 
 from perennial.errors import how_to_install, not_installed
 from perennial.suites import base
-from perennial.suites._metaworld_tasks import SEQUENCES, TASKS
-from perennial.suites._metaworld_variants import CAMERA, VARIANTS
+from perennial.suites._metaworld.tasks import SEQUENCES, TASKS
+from perennial.suites._metaworld.variants import CAMERA, VARIANTS
 from perennial.suites._mujoco import Painter, borrow, choose_gl, give_back
 
 
@@ -64,10 +64,10 @@ def _simulator() -> Any:
     """The module that imports Meta-World."""
     choose_gl()
     try:
-        from perennial.suites import _metaworld_simulation
+        from perennial.suites._metaworld import simulation as metaworld_simulation
     except ImportError as error:
         raise not_installed("Meta-World", "metaworld", error) from error
-    return _metaworld_simulation
+    return metaworld_simulation
 
 
 class MetaWorldEnvironment(base.Environment):

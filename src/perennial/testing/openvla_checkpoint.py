@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perennial.policies._openvla_keys import key_map
-from perennial.policies._openvla_oft_config import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower
-from perennial.policies._openvla_settings import SETTINGS, Settings, Towers, read_config, read_settings
+from perennial.policies._openvla.config import HALF, IMAGENET_MEAN, IMAGENET_STD, Tower
+from perennial.policies._openvla.keys import key_map
+from perennial.policies._openvla.settings import SETTINGS, Settings, Towers, read_config, read_settings
 from perennial.policies._tokenizer import prompt
 from perennial.policies.lora import base_shapes
 from perennial.randomness import stream
@@ -150,7 +150,7 @@ def _preprocessor(towers: Towers, image_size: int) -> dict[str, Any]:
 
 
 def _write_weights(folder: Path, files: int, dtype: torch.dtype, deviation: float, seed: int) -> None:
-    from perennial.policies._openvla_oft_model import OpenVLAOFTModel
+    from perennial.policies._openvla.model import OpenVLAOFTModel
 
     config = read_config(folder, read_settings(folder), chunk=1, empty_token_id=0)
     with torch.device("meta"):

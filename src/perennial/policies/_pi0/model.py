@@ -16,8 +16,8 @@ from transformers import PI0ForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from perennial.policies._groups import by_prefix
-from perennial.policies._pi0_config import PI0Config, Transformer
-from perennial.policies._pi0_noise import PREFIX, NoiseNetwork
+from perennial.policies._pi0.config import PI0Config, Transformer
+from perennial.policies._pi0.noise import PREFIX, NoiseNetwork
 
 GROUP_OF_MODULE = {
     "pi0.model.vlm.vision_tower.": "vision",

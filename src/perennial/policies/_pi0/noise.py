@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from perennial.policies._pi0_config import Exploration, PI0Config
+from perennial.policies._pi0.config import Exploration, PI0Config
 from perennial.randomness import stream
 
 PREFIX = "noise_network."

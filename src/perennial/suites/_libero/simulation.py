@@ -2,7 +2,7 @@
 
 Physics, states and pictures are those of LIBERO's own environment, bit for bit; left out are the observations of
 robosuite that nobody reads. A robosuite environment is slow to build and large, so the environments of a task share
-one, each with its own state. Imported only when an environment is built, after `_libero_install.prepare`.
+one, each with its own state. Imported only when an environment is built, after `install.prepare`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from libero.libero.envs import TASK_MAPPING, bddl_utils
 from robosuite.utils.errors import RandomizationError
 
 from perennial.randomness import integer_seed, stream
-from perennial.suites._libero_install import incomplete, package
-from perennial.suites._libero_tasks import location
-from perennial.suites._libero_variants import EPISODES_PER_LAYOUT, LAYOUTS, Shift, rewritten, shift
+from perennial.suites._libero.install import incomplete, package
+from perennial.suites._libero.tasks import location
+from perennial.suites._libero.variants import EPISODES_PER_LAYOUT, LAYOUTS, Shift, rewritten, shift
 from perennial.suites._mujoco import Painter, borrow, give_back
 
 FOLDER = package()

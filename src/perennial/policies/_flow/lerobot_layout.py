@@ -17,7 +17,7 @@ from torch import nn
 from perennial.conversion import PICKLED
 from perennial.errors import PerennialError
 from perennial.merging.tensor_files import refuse_pickles
-from perennial.policies._pi0_noise import PREFIX
+from perennial.policies._pi0.noise import PREFIX
 from perennial.policies._tensors import SHOWN
 from perennial.policies.lora import base_shapes, merged_weights
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from perennial.policies import _smolvla_config
 from perennial.policies._anatomy import Anatomy, Blocks, Layer, Visit
-from perennial.policies._pi0_anatomy import prompt_tokens, sizes, tower
-from perennial.policies._pi0_config import Moments
-from perennial.policies._smolvla_config import SmolVLAConfig
+from perennial.policies._pi0.anatomy import prompt_tokens, sizes, tower
+from perennial.policies._pi0.config import Moments
+from perennial.policies._smolvla import config as smolvla_config
+from perennial.policies._smolvla.config import SmolVLAConfig
 
 
 def published_config() -> SmolVLAConfig:
@@ -19,7 +19,7 @@ def published_config() -> SmolVLAConfig:
 
 def read(folder: Path | None, instruction: str) -> Anatomy:
     """The anatomy of the checkpoint in `folder`, of which only the config is read; None takes the published size."""
-    config = published_config() if folder is None else _smolvla_config.read_config(folder)
+    config = published_config() if folder is None else smolvla_config.read_config(folder)
     return describe(config, prompt_tokens(config, instruction), "float32")
 
 

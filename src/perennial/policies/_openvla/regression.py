@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from perennial.policies._openvla_oft_config import OpenVLAOFTConfig
+from perennial.policies._openvla.config import OpenVLAOFTConfig
 
 BLOCKS = 2
 """Residual blocks of the published head."""

@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
-    from perennial.policies._openvla_oft_model import OpenVLAOFTModel
+    from perennial.policies._openvla.model import OpenVLAOFTModel
 
 
 def causal_states(

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 
 from perennial.errors import PerennialError
 from perennial.policies._families import wrong_family
-from perennial.policies._lerobot_layout import Names
-from perennial.policies._pi0_config import GEMMA, Exploration, Moments, PI0Config, Vision
+from perennial.policies._flow.lerobot_layout import Names
+from perennial.policies._pi0.config import GEMMA, Exploration, Moments, PI0Config, Vision
 
 C = TypeVar("C", bound=PI0Config)
 

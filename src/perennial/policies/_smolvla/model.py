@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaModel, SmolVLMConfig, SmolVLMModel
 from transformers.initialization import no_init_weights
 
 from perennial.policies._groups import by_prefix
-from perennial.policies._pi0_config import Transformer
-from perennial.policies._smolvla_config import SmolVLAConfig
+from perennial.policies._pi0.config import Transformer
+from perennial.policies._smolvla.config import SmolVLAConfig
 
 GROUP_OF_MODULE = {
     "vlm_with_expert.vlm.model.vision_model.": "vision",

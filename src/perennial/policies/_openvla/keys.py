@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from perennial.policies._openvla_oft_config import OpenVLAOFTConfig
+from perennial.policies._openvla.config import OpenVLAOFTConfig
 
 DINO, SIGLIP = "vision_backbone.featurizer.", "vision_backbone.fused_featurizer."
 POSITIONS, CLASS_TOKEN = f"{DINO}pos_embed", f"{DINO}cls_token"

@@ -10,7 +10,7 @@ import mani_skill.envs  # registers the tasks
 import numpy as np
 from mani_skill.sensors.camera import Camera
 
-from perennial.suites._maniskill_install import no_vulkan, renderer
+from perennial.suites._maniskill.install import no_vulkan, renderer
 
 mani_skill.logger.setLevel("ERROR")
 

@@ -7,11 +7,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from perennial.policies import _openvla_published, _tokenizer
+from perennial.policies import _tokenizer
 from perennial.policies._anatomy import Anatomy, Blocks, Layer, Visit
-from perennial.policies._openvla_oft_config import Language, NormStats, OpenVLAOFTConfig, Quantiles, Tower
-from perennial.policies._openvla_regression import BLOCKS
-from perennial.policies._openvla_settings import TOWERS, read_config, read_settings
+from perennial.policies._openvla import published as openvla_published
+from perennial.policies._openvla.config import Language, NormStats, OpenVLAOFTConfig, Quantiles, Tower
+from perennial.policies._openvla.regression import BLOCKS
+from perennial.policies._openvla.settings import TOWERS, read_config, read_settings
 
 TOKENS_PER_WORD = 1.4
 """Of Llama's tokenizer, where there is none to ask."""
@@ -51,7 +52,7 @@ def read(folder: Path | None, chunk: int, instruction: str, one_by_one: bool, re
     """
     if folder is None:
         config, dtype = published_config(chunk), "float32"
-    elif _openvla_published.is_published(folder):
+    elif openvla_published.is_published(folder):
         settings = read_settings(folder)
         config, dtype = read_config(folder, settings, chunk, empty_token_id=0), settings.dtype
     else:

@@ -10,7 +10,7 @@ from types import UnionType
 from typing import Any, Literal, get_args, get_type_hints
 
 from perennial.errors import PerennialError, unknown
-from perennial.policies._openvla_oft_config import (
+from perennial.policies._openvla.config import (
     HALF,
     IMAGENET_MEAN,
     IMAGENET_STD,

@@ -3,7 +3,7 @@
 Acting moves noise along the learned flow to actions. At temperature 0 it starts from the noise's mean and takes Euler
 steps. Above, it starts from random noise, and one denoising step of each decision, or every one, is a Gaussian
 transition of Flow-SDE (pi_RL, arXiv 2510.25889), whose log-density is the policy's log-probability; the temperature
-multiplies its noise level and leaves the marginals alone. With Flow-Noise (see `_pi0_noise`) every step is stochastic,
+multiplies its noise level and leaves the marginals alone. With Flow-Noise (see `_pi0.noise`) every step is stochastic,
 with deviations that are learned.
 
 A log-probability belongs to one action, K = H: the sum over its D numbers and over the stochastic steps, and 0 for the
@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError
-from perennial.policies import _flow, _lerobot_layout, _tokenizer
-from perennial.policies._pi0_config import Moments, PI0Config
+from perennial.policies import _tokenizer
+from perennial.policies._flow import lerobot_layout, sde
+from perennial.policies._pi0.config import Moments, PI0Config
 from perennial.policies._tensors import write_tensors
 from perennial.policies._value_head import new_value_head
 from perennial.policies.base import ActionChunk, Batch, Observation, Outputs, Policy
@@ -54,7 +55,7 @@ class FlowPolicy(Policy):
     """
 
     tokenizer_of: ClassVar[str]
-    names: ClassVar[_lerobot_layout.Names]
+    names: ClassVar[lerobot_layout.Names]
 
     def __init__(self, config: PI0Config, tokenizer: Tokenizer, model: Any, source: Path | None = None) -> None:
         self.config = config
@@ -183,7 +184,7 @@ class FlowPolicy(Policy):
         place = torch.from_numpy(np.minimum(np.arange(config.horizon), last[:, None])).to(self.device)
         actions = path[:, -1].gather(1, place[..., None].expand_as(path[:, -1])) * self._used()
         drawn = [
-            _flow.training_noise(key, config.horizon, config.max_action_dim) for key in self._keys(batch.observation)
+            sde.training_noise(key, config.horizon, config.max_action_dim) for key in self._keys(batch.observation)
         ]
         time = torch.tensor([t for t, _ in drawn], dtype=torch.float32, device=self.device)
         noise = torch.from_numpy(np.stack([numbers for _, numbers in drawn])).to(self.device)
@@ -222,8 +223,8 @@ class FlowPolicy(Policy):
         model = cls._build(config, random=False)
         for parameter in model.parameters():  # not the rotary frequencies: rounding them would shift positions
             parameter.data = parameter.data.to(dtype or torch.float32)
-        _lerobot_layout.read_weights(folder, model, cls.names)
-        published = _lerobot_layout.is_published(folder, cls.name)
+        lerobot_layout.read_weights(folder, model, cls.names)
+        published = lerobot_layout.is_published(folder, cls.name)
         return cls(config, tokenizer, model.to(device), folder if published else None)
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -232,7 +233,7 @@ class FlowPolicy(Policy):
         A policy that was read from LeRobot's layout is written in it.
         """
         if self.source is not None:
-            _lerobot_layout.write(folder, self.source, self.model, self.names, dtype or self._network.dtype)
+            lerobot_layout.write(folder, self.source, self.model, self.names, dtype or self._network.dtype)
             return
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"policy": self.name, self.name: self.config.to_json()}, indent=2)
@@ -317,16 +318,16 @@ class FlowPolicy(Policy):
     def _transition(self, prefix: Any, state: Tensor, x: Tensor, index: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the flow after denoising step `index` [N] from `x`, float32 [N, H, P]."""
         steps, network = self.config.denoising_steps, self._network
-        hidden = network.hidden(prefix, state, x, _flow.times(index, steps))
+        hidden = network.hidden(prefix, state, x, sde.times(index, steps))
         velocity = network.read_velocity(hidden)
         if network.noise_network is None:
-            return _flow.transition(x, velocity, index, steps, level)
+            return sde.transition(x, velocity, index, steps, level)
         return x - velocity / steps, network.noise_network(hidden) * level
 
     def _log_density(self, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         """Log-density of each executed action, the sum over its D numbers, and 0 of the others; float32 [N, H]."""
         c, d = self.config.executed, self.config.action_dim
-        density = _flow.log_density(x[:, :c, :d], mean[:, :c, :d], std[:, :c, :d]).sum(-1)
+        density = sde.log_density(x[:, :c, :d], mean[:, :c, :d], std[:, :c, :d]).sum(-1)
         return torch.nn.functional.pad(density, (0, self.config.horizon - c))
 
     def _used(self) -> Tensor:

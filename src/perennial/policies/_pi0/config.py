@@ -53,7 +53,7 @@ GEMMA: dict[str, Transformer] = {
 
 @dataclass(frozen=True)
 class Exploration:
-    """How actions are sampled above temperature 0, see `perennial.policies._flow` and `perennial.policies._pi0_noise`.
+    """How actions are sampled above temperature 0, see `_flow.sde` and `_pi0.noise`.
 
     Attributes:
         steps: "one" makes one denoising step of each decision, drawn evenly, stochastic; "all" makes every step so.

@@ -20,7 +20,7 @@ with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.St
     from gymnasium_robotics.envs.franka_kitchen import kitchen_env
 
 from perennial.randomness import stream
-from perennial.suites._kitchen_tasks import DOORS, VARIANTS
+from perennial.suites._kitchen.tasks import DOORS, VARIANTS
 from perennial.suites._mujoco import HIDDEN_GROUP
 
 CAMERA = "left_cap"

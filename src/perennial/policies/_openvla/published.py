@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from perennial.errors import PerennialError
 from perennial.merging.tensor_files import Checkpoint, open_checkpoint
-from perennial.policies._openvla_keys import (
+from perennial.policies._openvla.config import OpenVLAOFTConfig
+from perennial.policies._openvla.keys import (
     CLASS_POSITION,
     CLASS_TOKEN,
     SIDE,
@@ -31,8 +32,7 @@ from perennial.policies._openvla_keys import (
     to_ours,
     to_published,
 )
-from perennial.policies._openvla_oft_config import OpenVLAOFTConfig
-from perennial.policies._openvla_settings import SETTINGS, Settings, read_config, read_json, read_settings
+from perennial.policies._openvla.settings import SETTINGS, Settings, read_config, read_json, read_settings
 from perennial.policies._tensors import refuse_mismatch
 from perennial.policies._tokenizer import read_tokenizer
 from perennial.policies.lora import base_shapes, merged_weights

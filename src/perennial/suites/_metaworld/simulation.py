@@ -19,7 +19,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 
 from perennial.randomness import stream
-from perennial.suites._metaworld_variants import CAMERA, VARIANTS
+from perennial.suites._metaworld.variants import CAMERA, VARIANTS
 from perennial.suites._mujoco import HIDDEN_GROUP
 
 _CONSTANT = 0.01  # metres; Meta-World writes constants as reset ranges narrower than this

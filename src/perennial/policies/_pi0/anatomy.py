@@ -6,10 +6,10 @@ import itertools
 import math
 from pathlib import Path
 
-from perennial.policies import _pi0_checkpoint
 from perennial.policies._anatomy import Anatomy, Blocks, Layer, Visit
-from perennial.policies._pi0_config import Moments, PI0Config, Transformer
-from perennial.policies._pi0_noise import HIDDEN
+from perennial.policies._pi0 import checkpoint as pi0_checkpoint
+from perennial.policies._pi0.config import Moments, PI0Config, Transformer
+from perennial.policies._pi0.noise import HIDDEN
 
 TOKENS_PER_WORD = 1.4
 """Of large tokenizers, roughly."""
@@ -23,7 +23,7 @@ def published_config() -> PI0Config:
 
 def read(folder: Path | None, instruction: str) -> Anatomy:
     """The anatomy of the checkpoint in `folder`, of which only the config is read; None takes the published size."""
-    config = published_config() if folder is None else _pi0_checkpoint.read_config(folder)
+    config = published_config() if folder is None else pi0_checkpoint.read_config(folder)
     return describe(config, 1 + prompt_tokens(config, instruction), "float32")
 
 

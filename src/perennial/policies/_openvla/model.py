@@ -23,8 +23,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from perennial.policies._openvla_oft_config import OpenVLAOFTConfig, Tower
-from perennial.policies._openvla_regression import RegressionHead
+from perennial.policies._openvla.config import OpenVLAOFTConfig, Tower
+from perennial.policies._openvla.regression import RegressionHead
 
 
 class OpenVLAOFTModel(nn.Module):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from perennial.policies._pi0_checkpoint import read_layouts, shared_fields
-from perennial.policies._pi0_config import SMALL, Moments, PI0Config, Transformer, Vision
+from perennial.policies._pi0.checkpoint import read_layouts, shared_fields
+from perennial.policies._pi0.config import SMALL, Moments, PI0Config, Transformer, Vision
 
 UNUSED = r"lm_head\.weight$|^(un)?normalize_"
 """Tensors of published files that nothing reads: word heads and old normalisers."""
