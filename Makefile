@@ -21,11 +21,13 @@ test: $(STAMP) ## Run all tests but the long ones
 	@sh scripts/setup.sh browser
 	$(VENV)/bin/python -m pytest -m "not faults" -n logical --maxprocesses 4 --dist worksteal
 
-setup-libero: ## Make .venv-libero with LIBERO's simulator in it
-	@PYTHON="$(PYTHON)" sh scripts/setup.sh libero
+setup-libero: .venv-libero/setup-complete ## Make .venv-libero with LIBERO's simulator in it
 
-setup-maniskill: ## Make .venv-maniskill with ManiSkill's simulator in it
-	@PYTHON="$(PYTHON)" sh scripts/setup.sh maniskill
+setup-maniskill: .venv-maniskill/setup-complete ## Make .venv-maniskill with ManiSkill's simulator in it
+
+.venv-%/setup-complete: pyproject.toml constraints.txt scripts/setup.sh
+	@PYTHON="$(PYTHON)" sh scripts/setup.sh $*
+	@touch $@
 
 test-libero: setup-libero ## Run the tests of LIBERO in its simulator
 	.venv-libero/bin/python -m pytest tests/suites/test_libero*.py -n logical --maxprocesses 2 --dist loadfile

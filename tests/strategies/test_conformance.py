@@ -4,6 +4,7 @@ import pytest
 
 from perennial import discovery
 from perennial.demonstrations.record import Settings, record_all
+from perennial.strategies.alignment import Alignment
 from perennial.strategies.base import Strategy
 from perennial.strategies.dark_replay import DarkReplay
 from perennial.strategies.ema import EMA
@@ -41,7 +42,7 @@ CASES = {
         coefficient=0.5, variant="ut2026", demonstrations="shown", **SMALL
     ),
     "slca": SLCA,
-    "slca aligned": lambda: SLCA(alignment_steps=4, alignment_rate=0.1, episodes=8),
+    "alignment": lambda: Alignment(steps=4, learning_rate=0.1, episodes=8),
     "ema": lambda: EMA(decay=0.7),
     "merge": lambda: Merge(alpha=0.7, language=0.2),
     "retain": lambda: Retain(alpha=(0.7,), language=(0.2,)),

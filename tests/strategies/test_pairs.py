@@ -9,6 +9,7 @@ import torch
 from perennial import discovery
 from perennial.config import validate
 from perennial.errors import PerennialError
+from perennial.strategies.alignment import Alignment
 from perennial.strategies.composition import Strategies
 from perennial.strategies.dark_replay import DarkReplay
 from perennial.strategies.ema import EMA
@@ -30,6 +31,7 @@ MAKE = {
     "replay": lambda: Replay(coefficient=0.5, capacity=4, episodes=16),
     "dark_replay": lambda: DarkReplay(coefficient=0.5, capacity=4, episodes=16),
     "slca": SLCA,
+    "alignment": lambda: Alignment(steps=3, learning_rate=0.1, episodes=16),
     "ema": lambda: EMA(decay=0.5),
     "merge": lambda: Merge(alpha=0.7),
     "retain": lambda: Retain(alpha=(0.6,)),
@@ -40,6 +42,8 @@ UNDONE = "as it would replace what '{}' makes of a task; list it before '{}'."
 APART = (
     "as '{}' begins every task at the base, far from where the Fisher information was measured; leave one of them out."
 )
+CHANGED = "as '{}' would change what it aligned; list it after '{}'."
+ONE = "as '{}' begins every task at the base's classifier; leave one of them out."
 TWICE = "but each of them may be chosen once."
 REFUSED = {
     ("merge", "ema"): "'ema' cannot guard tasks beside the other strategies, " + UNDONE.format("merge", "merge"),
@@ -49,6 +53,13 @@ REFUSED = {
     ("expansion", "ewc"): APART.format("expansion"),
     ("ewc", "retain parallel"): APART.format("retain"),
     ("retain parallel", "ewc"): APART.format("retain"),
+    ("alignment", "ema"): CHANGED.format("ema", "ema"),
+    ("alignment", "merge"): CHANGED.format("merge", "merge"),
+    ("alignment", "retain"): CHANGED.format("retain", "retain"),
+    ("alignment", "expansion"): ONE.format("expansion"),
+    ("expansion", "alignment"): ONE.format("expansion"),
+    ("alignment", "retain parallel"): ONE.format("retain"),
+    ("retain parallel", "alignment"): ONE.format("retain"),
     ("retain", "retain parallel"): TWICE,
     ("retain parallel", "retain"): TWICE,
 }

@@ -27,7 +27,7 @@ from perennial.suites.base import Environment, Expert, Suite, Task
 _JOB = 25
 """Episodes that one process records before it takes the next job."""
 TIMEOUT = 600.0
-"""Seconds after which an episode hangs, where a process of its own records it."""
+"""Seconds after which an episode counts as hanging, where processes of their own record."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def record(
                 metadata = {HEADER: json.dumps(header | {"success": success})}
                 write_bytes(paths[index], save(tensors, metadata=metadata))
         finally:
-            environment.close()
+            with _ending_after(timeout):
+                environment.close()
     return list(paths.values())
 
 
@@ -99,7 +100,8 @@ def record_all(
     """Record `count` initial states of every task from `first` on in `workers` processes, and write `manifest.json`.
 
     Raises:
-        PerennialError: see `record`; or a process died, or an episode took longer than `timeout` seconds.
+        PerennialError: see `record`; or one of several processes died, or took longer than `timeout` seconds for an
+            episode.
     """
     end = first + count
     jobs = [(task, range(i, min(i + _JOB, end))) for i in range(first, end, _JOB) for task in tasks]
@@ -118,8 +120,8 @@ def record_all(
                         report(path)
             except BrokenProcessPool as error:
                 raise PerennialError(
-                    "A recording process ended, for lack of memory, in a simulator that crashed, or as one episode "
-                    f"took longer than {timeout:.0f} seconds; repeat the command to record the rest."
+                    "A recording process ended: memory ran out, a simulator crashed, or an episode took longer than "
+                    f"{timeout:.0f} seconds; repeat the command to record the rest."
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)

@@ -64,7 +64,7 @@ class Batch:
     Attributes:
         observation: N observations.
         sample: [N, ...] the choices, see `ActionChunk.sample`.
-        mask: bool [N, K]; False for tokens whose actions were never executed because the episode had ended.
+        mask: bool [N, K]; False for tokens whose actions were never executed: the episode had ended, or only C are.
         temperature: at which `sample` was drawn; 1 for demonstrations.
         log_prob: float32 [N, K] of acting, where the rows come from rollouts.
         advantage: float32 [N], where known.

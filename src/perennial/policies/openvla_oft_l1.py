@@ -26,7 +26,9 @@ class OpenVLAOFTL1(OpenVLAOFT):
 
     name: ClassVar[str] = "openvla_oft_l1"
     regression: ClassVar[bool] = True
-    missing: ClassVar[Mapping[str, str]] = dict.fromkeys(("log_prob", "logits", "features", "value"), REASON)
+    missing: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("log_prob", "logits", "features", "classify", "value"), REASON
+    )
 
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
         """The head's action, at any temperature; nothing is drawn."""

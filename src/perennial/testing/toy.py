@@ -248,7 +248,8 @@ class ToyPolicy(Policy):
     def classify(self, features: Tensor) -> Tensor:
         """Logits of the bins, float32 [..., 9]."""
         hidden, which = features[..., : self.hidden], features[..., self.hidden :]
-        logits: Tensor = unwrap(self.model).head(hidden)  # type: ignore[operator]
+        head: Any = unwrap(self.model).head
+        logits: Tensor = head(hidden.to(head.weight.dtype)).to(features.dtype)
         return (logits.reshape(*which.shape, self.bins) * which[..., None]).sum(-2)
 
     def add_value_head(self, seed: int) -> None:

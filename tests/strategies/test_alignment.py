@@ -10,9 +10,8 @@ from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Observation
 from perennial.policies.lora import LoRA, add_adapter
 from perennial.randomness import stream
-from perennial.strategies._alignment import Gaussians, align, measure
+from perennial.strategies.alignment import Alignment, Gaussians, align, measure
 from perennial.strategies.composition import Strategies
-from perennial.strategies.slca import SLCA
 from perennial.testing.policy_conformance import example_observation
 from perennial.testing.strategy_conformance import TASKS, Run
 from perennial.testing.toy import ToyPolicy
@@ -111,10 +110,12 @@ def test_a_step_is_that_of_normalised_logits_at_temperature_a_tenth():
     assert slope == pytest.approx(float((step**2).sum()), rel=0.02)
 
 
+def guarded(*members):
+    return Run(Strategies(members), adapter=True, learning="grpo")
+
+
 def test_the_first_task_is_left_alone_and_later_ones_are_aligned():
-    plain, aligned = (
-        Run(Strategies((SLCA(alignment_steps=steps),)), adapter=True, learning="grpo") for steps in (0, 5)
-    )
+    plain, aligned = guarded(), guarded(Alignment(steps=5))
     for run in (plain, aligned):
         run.teach(TASKS[0])
     same = [torch.equal(a, b) for a, b in zip(plain.weights().values(), aligned.weights().values(), strict=True)]
@@ -128,14 +129,29 @@ def test_the_first_task_is_left_alone_and_later_ones_are_aligned():
     assert list(strategy.known) == [TASKS[0].name, TASKS[1].name]
 
 
+def test_a_task_without_success_is_neither_remembered_nor_aligned_to():
+    strategy, run = Alignment(steps=5), guarded()
+    run.strategies = Strategies((strategy,))
+    run.teach(TASKS[0])
+    before = {name: p.detach().clone() for name, p in run.policy.trainable().items()}
+
+    def failed(count):
+        return [replace(played, success=False) for played in run.play(TASKS[1], count, "failed", 0)]
+
+    strategy.after_task(TASKS[1], run.policy, failed)
+    strategy.remember(TASKS[1], run.policy, failed)
+    assert list(strategy.known) == [TASKS[0].name]
+    assert all(torch.equal(p, before[name]) for name, p in run.policy.trainable().items())
+
+
 def test_a_policy_without_a_classifier_is_refused(toy_checkpoint):
-    config = toy_config(toy_checkpoint, strategies=(SLCA(alignment_steps=5),))
+    config = toy_config(toy_checkpoint, strategies=(Alignment(),))
     assert validate(config) is config
-    with pytest.raises(PerennialError, match=r"'slca' needs `features`, which the policy 'pi0' does not have"):
+    with pytest.raises(PerennialError, match=r"'alignment' needs `classify`, which the policy 'pi0' does not have"):
         validate(replace(config, policy=replace(config.policy, name="pi0")))
 
 
-@pytest.mark.parametrize("wrong", [{"vision": -0.1}, {"alignment_steps": -1}, {"alignment_rate": 0.0}, {"episodes": 0}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"episodes": -1}])
 def test_numbers_out_of_range_are_refused(wrong):
-    with pytest.raises(PerennialError, match="must be at least 0"):
-        SLCA(**wrong)
+    with pytest.raises(PerennialError, match=rf"alignment.{next(iter(wrong))} is .*; it must be above 0"):
+        Alignment(**wrong)
