@@ -130,8 +130,8 @@ def test_the_first_task_is_left_alone_and_later_ones_are_aligned():
 
 
 def test_a_task_without_success_is_neither_remembered_nor_aligned_to():
-    strategy, run = Alignment(steps=5), guarded()
-    run.strategies = Strategies((strategy,))
+    run = guarded(Alignment(steps=5))
+    (strategy,) = run.strategies.members
     run.teach(TASKS[0])
     before = {name: p.detach().clone() for name, p in run.policy.trainable().items()}
 
