@@ -90,7 +90,7 @@ class Alignment(Strategy):
         apart = [other.name for other in (*before, *after) if other.restarts()]
         if apart:
             return f"{apart[0]!r} begins every task at the base's classifier; leave one of them out"
-        undone = [other.name for other in after if type(other).after_task is not Strategy.after_task]
+        undone = [other.name for other in after if other.revises()]
         return f"{undone[0]!r} would change what it aligned; list it after {undone[0]!r}" if undone else None
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:

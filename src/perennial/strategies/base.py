@@ -85,6 +85,10 @@ class Strategy:
         """
         return False
 
+    def revises(self) -> bool:
+        """Whether `after_task` changes the weights that a task was learned with."""
+        return type(self).after_task is not Strategy.after_task
+
     def unfit(self, before: Sequence[Strategy], after: Sequence[Strategy]) -> str | None:
         """Why it cannot guard tasks beside those listed before and after it, and what to do; None if it can."""
         return None

@@ -38,7 +38,7 @@ class EMA(Strategy):
 
     def unfit(self, before: Sequence[Strategy], after: Sequence[Strategy]) -> str | None:
         """The average knows nothing of what others made of the task."""
-        undone = [other.name for other in before if type(other).after_task is not Strategy.after_task]
+        undone = [other.name for other in before if other.revises()]
         return f"it would replace what {undone[0]!r} makes of a task; list it before {undone[0]!r}" if undone else None
 
     def before_task(self, task: Task, policy: Policy) -> None:
