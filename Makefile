@@ -33,7 +33,7 @@ test-libero: setup-libero ## Run the tests of LIBERO in its simulator
 	.venv-libero/bin/python -m pytest tests/suites/test_libero*.py -n logical --maxprocesses 2 --dist loadfile
 
 test-maniskill: setup-maniskill ## Run the tests of ManiSkill in its simulator
-	.venv-maniskill/bin/python -m pytest tests/suites/test_maniskill.py
+	.venv-maniskill/bin/python -m pytest tests/suites/test_maniskill*.py
 
 check: $(STAMP) ## Lint, formatting and types
 	$(VENV)/bin/ruff check

@@ -34,12 +34,12 @@ OPTIMIZER = {
 }
 
 
-def test_the_preset_is_what_the_paper_says(toy_checkpoint):
-    from perennial.suites.maniskill import ManiSkill
+def test_the_preset_is_what_the_paper_says(toy_checkpoint, monkeypatch):
+    from perennial.suites.maniskill_study import ManiSkillStudy
 
     preset = config.preset("simple_recipe_maniskill")
-    tasks = ManiSkill().tasks
-    assert preset.suite == "maniskill"
+    tasks = ManiSkillStudy().tasks
+    assert preset.suite == "maniskill_study"
     assert tuple(tasks[name].evaluation_instruction for name in preset.tasks.trained) == TAUGHT
     assert tuple(tasks[name].evaluation_instruction for name in preset.tasks.held_out) == HELD_OUT
     assert {tasks[name].horizon for name in preset.tasks.trained + preset.tasks.held_out} == {HORIZON}
@@ -56,5 +56,8 @@ def test_the_preset_is_what_the_paper_says(toy_checkpoint):
     assert preset.strategies == ()
     choice = dataclasses.replace(preset.policy, checkpoint=str(toy_checkpoint))
     ready = config.validate_settings(dataclasses.replace(preset, policy=choice))
-    with pytest.raises(PerennialError, match=r"needs the scene PutOnPlateInScene25"):  # before anything is loaded
+    monkeypatch.delenv("PERENNIAL_PLATE_ASSETS", raising=False)
+    with pytest.raises(
+        PerennialError, match=r"git clone .*RL4VLA` and set PERENNIAL_PLATE_ASSETS"
+    ):  # before anything is loaded
         config.validate(ready)

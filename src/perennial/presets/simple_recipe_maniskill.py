@@ -5,19 +5,18 @@ The paper takes all other values unchanged from its LIBERO experiments. What it 
 temperatures from the only released ManiSkill configuration, the 160 initial states and 10,240 episodes a task from a
 re-implementation that cites the appendix; 320 evaluation episodes are those of LIBERO.
 
-It is refused as it stands: the suite lacks the scene of these tasks. It starts from OpenVLA after their warm-up,
-`hf download gen-robot/openvla-7b-rlvla-warmup`.
+It starts from OpenVLA after their warm-up, `hf download gen-robot/openvla-7b-rlvla-warmup`.
 """
 
 from dataclasses import replace
 
 from perennial.learning.grpo import GRPO
 from perennial.presets._simple_recipe import simple_recipe
-from perennial.suites.maniskill import ManiSkill
+from perennial.suites.maniskill_study import ManiSkillStudy
 
 LIKE_LIBERO = simple_recipe(
-    "maniskill",
-    ManiSkill.sequences["on_plate"],
+    "maniskill_study",
+    ManiSkillStudy.sequences["simple_recipe"],
     "hub:gen-robot/openvla-7b-rlvla-warmup",
     iterations=10,
 )

@@ -1,8 +1,6 @@
 """ManiSkill 3: table-top skills of a simulated Panda arm in SAPIEN.
 
-Tao et al. 2024 (arXiv 2410.00425), by the package `mani_skill`. Six tasks need no downloads. The eight tasks "put ...
-on plate" of the simple recipe (arXiv 2603.11653) have their names, sentences and horizon here, but their scene and
-models come with neither ManiSkill nor Perennial, so they are refused.
+Tao et al. 2024 (arXiv 2410.00425), by the package `mani_skill`; these six tasks need no downloads.
 
 Physics runs on the processor, one robot for each environment, because only so are resets exact; pictures are drawn on
 an NVIDIA GPU if there is one, else by Mesa's software Vulkan. ManiSkill hides from its cameras where PickCube's goal
@@ -22,13 +20,13 @@ import numpy as np
 
 from perennial.errors import PerennialError, how_to_install, not_installed
 from perennial.suites import base
-from perennial.suites._maniskill import experts as maniskill_experts
+from perennial.suites._maniskill.experts import EXPERTS
 from perennial.suites._maniskill.install import prepare, renderer, software_driver
-from perennial.suites._maniskill.tasks import ON_PLATE, SEQUENCES, TASKS
+from perennial.suites._maniskill.tasks import SEQUENCES, TASKS
 
 
 class ManiSkill(base.Suite):
-    """Six table-top tasks of ManiSkill 3, and the names of the simple recipe's eight."""
+    """Six table-top tasks of ManiSkill 3."""
 
     name: ClassVar[str] = "maniskill"
     tasks: Mapping[str, base.Task] = TASKS
@@ -40,21 +38,13 @@ class ManiSkill(base.Suite):
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> ManiSkillEnvironment:
         """Build the environment of `task`; see `Suite.make`."""
         base.require_known(self, self.name, [task], [variant])
-        self.check(task)
-        return ManiSkillEnvironment(self.tasks[task], image_size)
-
-    def check(self, task: str) -> None:
-        """The scene of the tasks on a plate is not here."""
-        if task in ON_PLATE:
-            raise PerennialError(
-                f"{task} needs the scene PutOnPlateInScene25 and its models `more_carrot` and `more_plate`, which come "
-                f"with RL4VLA and not with ManiSkill: choose among {', '.join(sorted(TASKS.keys() - ON_PLATE.keys()))}."
-            )
+        space = gymnasium.spaces.Box(-1, 1, (7,), np.float32)
+        return ManiSkillEnvironment(self.tasks[task], simulator().table_top(task), space, image_size)
 
     def expert(self, task: str) -> base.Expert | None:
         """A scripted expert for the tasks with cubes."""
         base.require_known(self, self.name, [task])
-        return maniskill_experts.EXPERTS.get(task)
+        return EXPERTS.get(task)
 
     def doctor(self) -> list[Any]:
         """Whether ManiSkill and a Vulkan driver are here."""
@@ -72,33 +62,44 @@ class ManiSkill(base.Suite):
         return [Check("ManiSkill", "ok", f"{version}, {driver}")]
 
 
-def _simulator() -> Any:
-    """The module that imports ManiSkill."""
+def simulator() -> Any:
+    """The module that imports ManiSkill.
+
+    Raises:
+        PerennialError: ManiSkill is not installed, or there is no Vulkan driver.
+    """
     prepare()
     try:
-        from perennial.suites._maniskill import simulation as maniskill_simulation
+        from perennial.suites._maniskill import simulation
     except ImportError as error:
         raise not_installed("ManiSkill", "maniskill", error) from error
-    return maniskill_simulation
+    return simulation
 
 
 class ManiSkillEnvironment(base.Environment):
-    """One ManiSkill task; see `suites.base.Environment`.
+    """One task; see `suites.base.Environment`.
 
     The proprioceptive state is float32 [8]: the hand's x, y, z in metres, its orientation as a quaternion w, x, y, z
-    with x >= 0, and the distance between the fingers in metres. Actions are float32 [7] in [-1, 1], ManiSkill's
-    `pd_ee_delta_pose`: displacement of the hand (1 is 10 cm), its rotation about the axes of the base (1 is -0.1
-    radians: ManiSkill 3.0.1 turns against the sign), and the gripper (-1 closes, 1 opens); values outside are clipped.
-    Without options, `reset(seed=n)` goes to training state n.
+    with x >= 0, and the distance between the fingers in metres. Actions are float32 [7] in the range of `space`; values
+    outside are clipped. Without options, `reset(seed=n)` goes to training state n.
+
+    Those of the table-top tasks are in [-1, 1], ManiSkill's `pd_ee_delta_pose`: displacement of the hand (1 is 10 cm),
+    its rotation about the axes of the base (1 is -0.1 radians: ManiSkill 3.0.1 turns against the sign), and the gripper
+    (-1 closes, 1 opens).
+
+    Args:
+        task: what is to be done.
+        simulation: a `Simulation` of it.
+        space: of actions.
+        image_size: side of the pictures that policies see.
     """
 
-    def __init__(self, task: base.Task, image_size: int) -> None:
+    def __init__(self, task: base.Task, simulation: Any, space: gymnasium.spaces.Box, image_size: int) -> None:
         self.task = task
-        self.action_space = gymnasium.spaces.Box(-1, 1, (7,), np.float32)
+        self.simulation = simulation
+        self.action_space = self._range = space
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
         self._image_size = image_size
-        self._module = _simulator()
-        self.simulation = self._module.Simulation(task.name)
         self._steps = 0
 
     def reset(
@@ -115,25 +116,25 @@ class ManiSkillEnvironment(base.Environment):
         return self.simulation.state, {"is_success": False}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Move for one control step of 50 ms; the reward is 1 at success, else 0.
+        """Move for one control step (50 ms, on the plate 200 ms); the reward is 1 at success, else 0.
 
         Raises:
             PerennialError: the action is not finite.
         """
         base.require_finite(action)
-        success = self.simulation.advance(np.clip(action, -1, 1).astype(np.float32))
+        success = self.simulation.advance(np.clip(action, self._range.low, self._range.high).astype(np.float32))
         self._steps += 1
         truncated = not success and self._steps >= self.task.horizon
         return self.simulation.state, float(success), success, truncated, {"is_success": success}
 
     def render(self) -> np.ndarray:  # type: ignore[override]
         """The picture that policies see, of the task's own camera, uint8 [1, image_size, image_size, 3]."""
-        seen: np.ndarray = self.simulation.picture(self._module.CAMERA, self._image_size)
+        seen: np.ndarray = self.simulation.look(self._image_size)
         return seen[None]
 
     def film(self, size: int) -> np.ndarray:
         """The whole scene from ManiSkill's camera for people, uint8 [size, size, 3]."""
-        seen: np.ndarray = self.simulation.picture(self._module.FILM, size)
+        seen: np.ndarray = self.simulation.film(size)
         return seen
 
     def close(self) -> None:

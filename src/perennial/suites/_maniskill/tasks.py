@@ -1,4 +1,4 @@
-"""The tasks of the ManiSkill suite and the words for them."""
+"""The table-top tasks of ManiSkill and the words for them."""
 
 from __future__ import annotations
 
@@ -38,25 +38,9 @@ _TABLE_TOP: dict[str, tuple[int, str, tuple[str, str]]] = {
 }
 """By ManiSkill's name without its version: horizon, sentence of evaluation, sentences of training."""
 
-_TAUGHT = ("carrot", "bread", "ketchup bottle", "fast-food cup")
-_HELD_OUT = ("watering can", "pipe", "toy bear", "hamburger")
-_HORIZON_ON_PLATE = 80
-
-
-def _on_plate(thing: str) -> Task:
-    """One task of the simple recipe (arXiv 2603.11653), which trains and evaluates with the same sentence."""
-    name = "".join(word.capitalize() for word in thing.replace("-", " ").split())
-    return Task(f"Put{name}OnPlate", (f"put {thing} on plate",), f"put {thing} on plate", _HORIZON_ON_PLATE)
-
-
-ON_PLATE = {task.name: task for task in map(_on_plate, (*_TAUGHT, *_HELD_OUT))}
-"""The tasks of the simple recipe, whose scene and models do not come with ManiSkill."""
-
-TASKS = {name: Task(name, taught, told, horizon) for name, (horizon, told, taught) in _TABLE_TOP.items()} | ON_PLATE
+TASKS = {name: Task(name, taught, told, horizon) for name, (horizon, told, taught) in _TABLE_TOP.items()}
 
 SEQUENCES = {
     "cubes": Sequence(("PushCube", "PullCube", "PickCube"), ("StackCube",)),
     "table_top": Sequence(tuple(_TABLE_TOP), ()),
-    "on_plate": Sequence(tuple(ON_PLATE)[: len(_TAUGHT)], tuple(ON_PLATE)[len(_TAUGHT) :]),
 }
-"""The last is that of the simple recipe."""
