@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 
+import gymnasium
 import numpy as np
 import pytest
 from rich.console import Console
@@ -54,6 +55,29 @@ def test_a_disturbed_episode_is_labelled_with_what_the_expert_wanted(tmp_path):
     off = np.abs(moved - demonstration.actions[:-1]).max()
     assert 0.02 < off < 2
     assert np.abs(moved).max() < 1 + 1e-5, "executed actions stay in range"
+
+
+class Sixteenths(ToySuite):
+    """The same tasks with actions in [-1/16, 1/16]."""
+
+    def expert(self, task):
+        return lambda environment: reach(environment) / 16
+
+    def make(self, task, variant="id", image_size=8):
+        environment = super().make(task, variant, image_size)
+        step = environment.step
+        environment.step = lambda action: step(action * 16)
+        environment.action_space = gymnasium.spaces.Box(-1 / 16, 1 / 16, (2,), np.float32)
+        return environment
+
+
+def test_noise_is_as_large_as_the_range_of_actions(tmp_path):
+    """In other units of actions the same episode is recorded."""
+    (plain,) = record(ToySuite(), "right", [5], tmp_path / "plain", SETTINGS)
+    (scaled,) = record(Sixteenths(), "right", [5], tmp_path / "scaled", SETTINGS)
+    (_, one), (_, other) = read(plain), read(scaled)
+    np.testing.assert_allclose(other.states, one.states, atol=1e-6)
+    np.testing.assert_allclose(16 * other.actions, one.actions, atol=1e-6)
 
 
 def test_every_paraphrase_is_heard_with_and_without_noise(tmp_path):

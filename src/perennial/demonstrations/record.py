@@ -38,8 +38,8 @@ class Settings:
         variant: of the task.
         image_size: side of the images in pixels.
         image_every: environment steps from one image to the next.
-        noise: standard deviation of the Gaussian noise on the executed actions of every second episode, in units of
-            actions. The recorded actions are the expert's own, so the learner sees how to recover
+        noise: standard deviation of the Gaussian noise on the executed actions of every second episode; 1 is half the
+            range of an action's number. The recorded actions are the expert's own, so the learner sees how to recover
             (Laskey et al. 2017, arXiv 1703.09327).
     """
 
@@ -195,6 +195,7 @@ def _play(environment: Environment, expert: Expert, header: dict[str, Any]) -> t
     rng = stream(0, "demonstration noise", header["suite"], header["task"], header["variant"], index)
     space = environment.action_space
     assert isinstance(space, gymnasium.spaces.Box)
+    noise = header["noise"] * (space.high - space.low).astype(np.float64) / 2
     images: list[Any] = []
     image_steps: list[int] = []
     states: list[np.ndarray] = []
@@ -208,7 +209,7 @@ def _play(environment: Environment, expert: Expert, header: dict[str, Any]) -> t
         action = expert(environment)
         states.append(state)
         actions.append(action)
-        disturbed = np.clip(action + header["noise"] * rng.standard_normal(action.shape), space.low, space.high)
+        disturbed = np.clip(action + noise * rng.standard_normal(action.shape), space.low, space.high)
         state, _, terminated, truncated, info = environment.step(disturbed.astype(np.float32))
         ended = terminated or truncated
     tensors = {

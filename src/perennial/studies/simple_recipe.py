@@ -55,6 +55,7 @@ STUDY = Study(
             published_form="the logits of the base are matched, on a demonstration of each of the ten tasks (`ut2026`)",
         ),
         "slca": Method({"strategies": "slca"}, published={"avg": 69.9}),
+        "slca_alignment": Method({"strategies": "slca,alignment"}),
         "merge": Method({"strategies": "merge", "strategies.merge.alpha": "0.5"}, published={"avg": 66.0}),
         "sft": Method(
             {"recipe": "sft", "recipe.sft.demonstrations": "{folder}/demonstrations"},
