@@ -20,7 +20,7 @@ from perennial import discovery
 from perennial.alpha.sweep import likeliest
 from perennial.evaluation.statistics import student, summary_of_runs
 from perennial.evaluation.success_matrix import SuccessMatrix
-from perennial.reports import protocol, study, words
+from perennial.reports import plots, protocol, study, words
 from perennial.reports.summary import percent
 from perennial.studies import _results
 from perennial.studies.base import find, grid
@@ -297,9 +297,9 @@ def draw(name: str, size: tuple[float, float], x: str, y: str, paint: Callable[[
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#c9d2cd", linewidth=0.5, alpha=0.6)
-    paint(axes)
     axes.set_xlabel(x, color=INK)
     axes.set_ylabel(y, color=INK)
+    paint(axes)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8)
     figure.savefig(EVIDENCE / f"{name}.png", metadata={"Software": None})
@@ -336,12 +336,14 @@ def overfitting_curve(axes: Any) -> None:
 
 def trade_off(axes: Any) -> None:
     """Gain across, change of what was never taught upwards; full points have three seeds."""
+    points = []
     for row in figures("simple_recipe")["rows"]:
         found = row["decoders"]["sampled"]
-        point = (found["gain"]["value"], found["zs_gain"]["value"])
+        x, y = found["gain"]["value"], found["zs_gain"]["value"]
         whole = len(row["seeds"]) >= 3
-        axes.plot(*point, "o", color=COLOURS[0], markersize=5, fillstyle="full" if whole else "none")
-        axes.annotate(row["row"], point, (4, 3), textcoords="offset points", fontsize=7, color=INK)
+        axes.plot(x, y, "o", color=COLOURS[0], markersize=5, fillstyle="full" if whole else "none")
+        points.append((row["row"], x, y))
+    plots.name_points(axes, points, 7)
 
 
 def main() -> None:

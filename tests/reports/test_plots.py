@@ -1,6 +1,8 @@
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from perennial.reports import plots
 
@@ -102,3 +104,24 @@ def test_lines_over_whole_numbers_are_ticked_at_whole_numbers_and_begin_at_zero(
     shown = texts(svg)
     assert {"0", "1", "2"} <= set(shown)
     assert not [text for text in shown if text.startswith(("1.", "2."))]
+
+
+def test_labels_of_crowded_points_cover_nothing_and_stay_inside():
+    """Five points within a letter's width in the upper right corner, and one alone."""
+    points = [(f"method_{i}", 10 - 0.05 * i, 10 - 0.04 * i) for i in range(5)] + [("alone", 2.0, 3.0)]
+    figure = Figure(figsize=(5, 4), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([x for _, x, _ in points], [y for _, _, y in points], "o", markersize=4)
+    plots.name_points(axes, points, 8)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [label for label, _, _ in points]
+    for i, box in enumerate(boxes):
+        assert not box.count_overlaps(boxes[:i])
+        assert axes.bbox.x0 <= box.x0
+        assert box.x1 <= axes.bbox.x1
+        for x, y in axes.transData.transform([(x, y) for _, x, y in points]):
+            assert not box.contains(x, y)
+    at = axes.transData.transform([points[-1][1:]])[0]
+    assert 0 < boxes[-1].x0 - at[0] < 10, "a point alone has its label to its right"
+    assert 0 < boxes[-1].y0 - at[1] < 10

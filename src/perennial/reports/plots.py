@@ -18,6 +18,9 @@ KEY = ((LINE, "-"), (OTHER, "--"), (INK, ":"), (LINE, "-."), (OTHER, ":"), (INK,
 
 Curve = Sequence[tuple[float, float]]
 
+BESIDE = [(across, up) for up in (1, -1, 0, 3, -3, 5, -5) for across in (1, -1, 0) if across or abs(up) == 1]
+"""Where the label of a point may stand: to the right or left of it or in the middle, in steps of half a letter."""
+
 
 def success_curve(name: str, curves: Sequence[Curve], title: str, base: float | None = None) -> str:
     """Success in percent over iterations, one line a curve; `KEY` tells how the lines are drawn, in order.
@@ -80,15 +83,46 @@ def trade_off(name: str, points: Sequence[tuple[str, Mapping[str, float], Mappin
     axes.grid(axis="x", color=FAINT, linewidth=0.5, alpha=0.6)
     for at in (axes.axhline, axes.axvline):
         at(0, color=FAINT, linewidth=1)
-    for label, gain, lost in points:
+    for _, gain, lost in points:
         errors = [[[max(0, e["value"] - e["low"])], [max(0, e["high"] - e["value"])]] for e in (gain, lost)]
         axes.errorbar(
             gain["value"], lost["value"], xerr=errors[0], yerr=errors[1], color=LINE, ecolor=FAINT, elinewidth=1,
             marker="o", markersize=4.5,
         )  # fmt: skip
-        axes.annotate(label, (gain["value"], lost["value"]), (4, 4), textcoords="offset points", color=INK, fontsize=8)
     _label(axes, "gain in AVG, points", "NBT, points lost")
+    name_points(axes, [(label, gain["value"], lost["value"]) for label, gain, lost in points], 8)
     return _svg(figure, name, title)
+
+
+def name_points(axes: Any, points: Sequence[tuple[str, float, float]], size: float) -> None:
+    """Write a label beside each point, where it covers no point and no other label if there is such a place.
+
+    Args:
+        axes: of matplotlib, with everything else already in it.
+        points: of (label, x, y).
+        size: of the letters, in points.
+    """
+    from matplotlib.transforms import Bbox
+
+    axes.figure.draw_without_rendering()  # so that positions are final
+    radius = size / 2 * axes.figure.dpi / 72
+    taken = [Bbox([at - radius, at + radius]) for at in axes.transData.transform([(x, y) for _, x, y in points])]
+    for label, x, y in points:
+        for across, up in BESIDE:
+            text = axes.annotate(
+                label, (x, y), (across * size / 2, up * size / 2), textcoords="offset points", fontsize=size, color=INK,
+                ha=("right", "center", "left")[across + 1], va=("top", "center", "bottom")[(up > 0) - (up < 0) + 1],
+            )  # fmt: skip
+            box = text.get_window_extent()
+            if axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and not box.count_overlaps(taken):
+                break
+            text.remove()
+        else:
+            text = axes.annotate(
+                label, (x, y), (size / 2, size / 2), textcoords="offset points", fontsize=size, color=INK
+            )
+            box = text.get_window_extent()
+        taken.append(box)
 
 
 def lines(
