@@ -80,6 +80,19 @@ def test_noise_is_as_large_as_the_range_of_actions(tmp_path):
     np.testing.assert_allclose(16 * other.actions, one.actions, atol=1e-6)
 
 
+def test_actions_without_bounds_are_refused(tmp_path):
+    endless = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+
+    class Endless(ToySuite):
+        def make(self, task, variant="id", image_size=8):
+            environment = super().make(task, variant, image_size)
+            environment.action_space = endless
+            return environment
+
+    with pytest.raises(PerennialError, match=r"actions of up have no bounds .*give its environment a bounded"):
+        record(Endless(), "up", [0], tmp_path, SETTINGS)
+
+
 def test_every_paraphrase_is_heard_with_and_without_noise(tmp_path):
     headers = [read(path)[0] for path in record(ToySuite(), "down", range(8), tmp_path, SETTINGS)]
     heard = {(header["instruction"], header["noise"]) for header in headers}

@@ -7,7 +7,7 @@ import pytest
 from perennial import config
 from perennial.errors import PerennialError
 
-TAUGHT = ("put carrot on plate", "put bread on plate", "put ketchup bottle on plate", "put fast-food cup on plate")
+TAUGHT = ("put carrot on plate", "put bread on plate", "put ketchup bottle on plate", "put fast food cup on plate")
 HELD_OUT = ("put watering can on plate", "put pipe on plate", "put toy bear on plate", "put hamburger on plate")
 HORIZON = 80
 EPISODES_PER_TASK = 10_240

@@ -251,7 +251,7 @@ def test_commands_move_in_tenths_of_a_metre_and_turn_against_the_sign():
     ],
 )
 def test_the_hand_keeps_high_until_it_is_above(hand, way):
-    found = maniskill_experts._towards(np.array(hand), np.zeros(3))
+    found = maniskill_experts.towards(np.array(hand), np.zeros(3))
     np.testing.assert_allclose(found, way, atol=1e-9)
 
 

@@ -195,6 +195,11 @@ def _play(environment: Environment, expert: Expert, header: dict[str, Any]) -> t
     rng = stream(0, "demonstration noise", header["suite"], header["task"], header["variant"], index)
     space = environment.action_space
     assert isinstance(space, gymnasium.spaces.Box)
+    if not space.is_bounded():
+        raise PerennialError(
+            f"The actions of {header['task']} have no bounds ({space}), so noise has no scale: give its environment a "
+            "bounded action_space."
+        )
     noise = header["noise"] * (space.high - space.low).astype(np.float64) / 2
     images: list[Any] = []
     image_steps: list[int] = []

@@ -79,9 +79,9 @@ def simulator() -> Any:
 class ManiSkillEnvironment(base.Environment):
     """One task; see `suites.base.Environment`.
 
-    The proprioceptive state is float32 [8]: the hand's x, y, z in metres, its orientation as a quaternion w, x, y, z
-    with x >= 0, and the distance between the fingers in metres. Actions are float32 [7] in the range of `space`; values
-    outside are clipped. Without options, `reset(seed=n)` goes to training state n.
+    The proprioceptive state is float32 [8]: the hand's x, y, z in metres in the world, its orientation as a quaternion
+    w, x, y, z with x >= 0, and the distance between the fingers in metres. Actions are float32 [7] in the range of
+    `space`; values outside are clipped. Without options, `reset(seed=n)` goes to training state n.
 
     Those of the table-top tasks are in [-1, 1], ManiSkill's `pd_ee_delta_pose`: displacement of the hand (1 is 10 cm),
     its rotation about the axes of the base (1 is -0.1 radians: ManiSkill 3.0.1 turns against the sign), and the gripper
@@ -94,10 +94,12 @@ class ManiSkillEnvironment(base.Environment):
         image_size: side of the pictures that policies see.
     """
 
+    action_space: gymnasium.spaces.Box
+
     def __init__(self, task: base.Task, simulation: Any, space: gymnasium.spaces.Box, image_size: int) -> None:
         self.task = task
         self.simulation = simulation
-        self.action_space = self._range = space
+        self.action_space = space
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32)
         self._image_size = image_size
         self._steps = 0
@@ -122,7 +124,8 @@ class ManiSkillEnvironment(base.Environment):
             PerennialError: the action is not finite.
         """
         base.require_finite(action)
-        success = self.simulation.advance(np.clip(action, self._range.low, self._range.high).astype(np.float32))
+        space = self.action_space
+        success = self.simulation.advance(np.clip(action, space.low, space.high).astype(np.float32))
         self._steps += 1
         truncated = not success and self._steps >= self.task.horizon
         return self.simulation.state, float(success), success, truncated, {"is_success": success}
@@ -133,7 +136,7 @@ class ManiSkillEnvironment(base.Environment):
         return seen[None]
 
     def film(self, size: int) -> np.ndarray:
-        """The whole scene from ManiSkill's camera for people, uint8 [size, size, 3]."""
+        """The scene for people, uint8 [size, size, 3]: from ManiSkill's own camera, on the plate what policies see."""
         seen: np.ndarray = self.simulation.film(size)
         return seen
 

@@ -23,19 +23,22 @@ ASSETS = "PERENNIAL_PLATE_ASSETS"
 """Environment variable that names RL4VLA's folder `ManiSkill/mani_skill/assets/carrot`."""
 
 PLATE = "001_plate_simpler"
-TABLES = 16
-"""Photographs of tables; RL4VLA trains on its first sixteen and keeps five for tests."""
-TURNS = 4
-"""A thing is turned by a multiple of 45 degrees."""
+TABLES = {"id": range(1), "tables": range(1, 16)}
+"""Photographs by variant: RL4VLA's first table, and the other fifteen that it trains on."""
+TABLE_TOP = 0.8695
+"""Height of the table in metres, on which an earlier scene of theirs puts the same plate."""
 
-LOW = np.array([-0.1, -0.1, -0.1, -0.5, -0.5, -0.5, 0.0], np.float32)
-HIGH = np.array([0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 1.0], np.float32)
-"""Of actions, in metres, radians, and closed to open; BridgeData's stay well inside."""
+LOW = np.array([-0.05, -0.05, -0.05, -0.25, -0.25, -0.25, 0.0], np.float32)
+HIGH = np.array([0.05, 0.05, 0.05, 0.25, 0.25, 0.25, 1.0], np.float32)
+"""Of actions, in metres, radians, and closed to open; from the 1st to the 99th percentile BridgeData lies inside."""
 
+_TURNS = 4
 _CENTRE = np.array([-0.16, 0.0])
 _GRID = np.linspace(-0.075, 0.075, 6)
 _APART = 0.07
 """Metres that thing and plate are apart at least."""
+_MARGIN_ASIDE, _MARGIN_ABOVE, _FORCE = 0.01, 0.05, 0.03
+"""Metres, metres and newtons of what counts as lying on the plate."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Layout:
     Attributes:
         table: index of the photograph.
         thing, plate: x and y in metres.
-        yaw: of the thing, in radians.
+        yaw: of the thing, in radians; a multiple of 45 degrees.
     """
 
     table: int
@@ -62,23 +65,38 @@ def _pairs() -> tuple[tuple[tuple[float, float], tuple[float, float]], ...]:
 
 
 @functools.cache
-def _order() -> np.ndarray:
+def _order(variant: str) -> np.ndarray:
     """All states in an order without a pattern, the last few left out so that three splits are of one size."""
-    every = stream(0, "things and plates").permutation(TABLES * len(_pairs()) * TURNS)
+    every = stream(0, "things and plates", variant).permutation(len(TABLES[variant]) * len(_pairs()) * _TURNS)
     return every[: len(every) // 3 * 3]
 
 
-def states() -> int:
+def states(variant: str) -> int:
     """Initial states of each split."""
-    return len(_order()) // 3
+    return len(_order(variant)) // 3
 
 
-def layout(number: int) -> Layout:
-    """The initial state with this number, modulo three times `states()`; see `suites.base.state_number`."""
-    rest, turn = divmod(int(_order()[number % len(_order())]), TURNS)
+def layout(variant: str, number: int) -> Layout:
+    """The initial state with this number, modulo three times `states(variant)`; see `suites.base.state_number`."""
+    order = _order(variant)
+    rest, turn = divmod(int(order[number % len(order)]), _TURNS)
     table, pair = divmod(rest, len(_pairs()))
     thing, plate = _pairs()[pair]
-    return Layout(table, thing, plate, turn * np.pi / TURNS)
+    return Layout(TABLES[variant][table], thing, plate, turn * np.pi / _TURNS)
+
+
+def lies(offset: np.ndarray, thing: np.ndarray, plate: np.ndarray, force: float) -> bool:
+    """Whether the thing lies on the plate: above it, near enough, low enough, and touching it.
+
+    Args:
+        offset: from the plate to the thing in metres, [3].
+        thing: half of its size along the axes of the world in metres, [3].
+        plate: the same of the plate.
+        force: between the two, in newtons.
+    """
+    above = 0 < offset[2] <= thing[2] + plate[2] + _MARGIN_ABOVE
+    near = np.linalg.norm(offset[:2]) <= plate.max() + _MARGIN_ASIDE
+    return bool(above and near and force > _FORCE)
 
 
 @dataclass(frozen=True)
@@ -110,13 +128,13 @@ class Model:
 
 
 def thing(name: str) -> Model:
-    """The model of what the task calls `name`, as in "ketchup bottle".
+    """The model of the thing called `name`, as in "ketchup bottle".
 
     Raises:
         PerennialError: it is missing.
     """
     known = _read("more_carrot")
-    found = [key for key, entry in known.items() if entry["name"] == name.replace("-", " ")]
+    found = [key for key, entry in known.items() if entry["name"] == name]
     if not found:
         raise _incomplete(f"model_db.json knows no {name!r}")
     return _model("more_carrot", found[0], known)
@@ -132,12 +150,12 @@ def plate() -> Model:
 
 
 def tables() -> list[Path]:
-    """The photographs that hide the simulated table.
+    """The photographs that hide the simulated table, by `Layout.table`.
 
     Raises:
         PerennialError: one is missing.
     """
-    files = [_folder() / "more_table" / "imgs" / name for name in list(_read("more_table"))[:TABLES]]
+    files = [_folder() / "more_table" / "imgs" / name for name in list(_read("more_table"))[: TABLES["tables"].stop]]
     return [_present(file) for file in files]
 
 

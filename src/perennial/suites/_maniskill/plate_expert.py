@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from perennial.suites._maniskill import on_plate
+from perennial.suites._maniskill.experts import place, spin, towards
+
 _STEP = 0.03
 """Metres of one action at most; BridgeData's are seldom longer."""
 _TURN = 0.2
@@ -17,10 +20,7 @@ _TURN = 0.2
 _NEAR = 0.012
 _FLAT = 0.1
 """Radians by which fingers may be askew when they close."""
-_FUNNEL = 2.0
-"""Metres of height kept for each metre that is missing sideways."""
-_CRUISE = 0.06
-_LOWEST = 0.8695 + 0.017
+_LOWEST = on_plate.TABLE_TOP + 0.017
 """Height of the gripper in metres at which its fingers nearly touch the table."""
 _DOWN = Rotation.from_matrix(np.array([[0.0, 0.0, -1.0], [0.0, -1.0, 0.0], [-1.0, 0.0, 0.0]]))
 """The gripper points along its x axis and closes along its y axis."""
@@ -32,26 +32,17 @@ def put_on_plate(environment: Any) -> np.ndarray:
     """The action in the present state, float32 [7]."""
     simulation = environment.simulation
     env = simulation.env
-    hand, there = _place(simulation.hand), env.thing_centre()
-    turn = _spin(env.thing.pose)
+    hand, there = place(simulation.hand), env.thing_centre()
+    turn = spin(env.thing.pose)
     held = bool(env.agent.is_grasping(env.thing).item())
-    yaw, askew = _grip(turn, env.thing_extent, _yaw(_spin(simulation.hand)))
+    yaw, askew = _grip(turn, env.thing_extent, _yaw(spin(simulation.hand)))
     if held:
-        goal = _place(env.plate.pose) + np.array([0, 0, np.abs(turn.as_matrix()[2]) @ env.thing_extent / 2])
+        goal = place(env.plate.pose) + np.array([0, 0, np.abs(turn.as_matrix()[2]) @ env.thing_extent / 2])
         arrived = np.linalg.norm((there - goal)[:2]) < _NEAR and there[2] < goal[2] + _NEAR
-        return _command(simulation, _towards(there, goal), yaw - askew, opened=bool(arrived))
+        return _command(simulation, towards(there, goal), yaw - askew, opened=bool(arrived))
     goal = np.append(there[:2], max(there[2], _LOWEST))
     near = np.linalg.norm(hand - goal) < _NEAR and abs(askew) < _FLAT
-    return _command(simulation, _towards(hand, goal, max(0.0, abs(askew) - _FLAT)), yaw, opened=not near)
-
-
-def _place(pose: Any) -> np.ndarray:
-    """Position, float64 [3]."""
-    return np.asarray(pose.p[0].numpy(), dtype=np.float64)
-
-
-def _spin(pose: Any) -> Rotation:
-    return Rotation.from_quat(np.roll(pose.q[0].numpy().astype(np.float64), -1))
+    return _command(simulation, towards(hand, goal, max(0.0, abs(askew) - _FLAT)), yaw, opened=not near)
 
 
 def _yaw(hand: Rotation) -> float:
@@ -67,14 +58,6 @@ def _grip(thing: Rotation, extent: np.ndarray, now: float) -> tuple[float, float
     return now + best, best
 
 
-def _towards(start: np.ndarray, goal: np.ndarray, askew: float = 0.0) -> np.ndarray:
-    """The way to `goal` in metres: through a funnel above it, and sideways only where the funnel is high enough."""
-    aside = goal[:2] - start[:2]
-    missing = max(0.0, float(np.linalg.norm(aside)) - _NEAR / 2) + askew / 10
-    height = goal[2] + min(_CRUISE, _FUNNEL * missing)
-    return np.append(aside if start[2] > height - _STEP else np.zeros(2), height - start[2])
-
-
 def _command(simulation: Any, way: np.ndarray, yaw: float, *, opened: bool) -> np.ndarray:
     """The action that moves the gripper by `way` in metres, pointing down at `yaw` radians.
 
@@ -83,9 +66,9 @@ def _command(simulation: Any, way: np.ndarray, yaw: float, *, opened: bool) -> n
     """
     env = simulation.env
     base, target = env.agent.robot.pose, env.agent.controller.controllers["arm"]._target_pose
-    place = _place(simulation.hand) + 2 * way
-    move = _spin(base).inv().apply(place - _place(base)) - _place(target)
-    wanted = _spin(base).inv() * Rotation.from_euler("z", yaw) * _DOWN
-    turn = (wanted * _spin(target).inv()).as_euler("XYZ")
+    beyond = place(simulation.hand) + 2 * way
+    move = spin(base).inv().apply(beyond - place(base)) - place(target)
+    wanted = spin(base).inv() * Rotation.from_euler("z", yaw) * _DOWN
+    turn = (wanted * spin(target).inv()).as_euler("XYZ")
     move *= min(1.0, _STEP / max(float(np.linalg.norm(move)), 1e-9))
     return np.concatenate((move, np.clip(turn, -_TURN, _TURN), [float(opened)])).astype(np.float32)

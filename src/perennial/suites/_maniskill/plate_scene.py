@@ -1,8 +1,9 @@
 """The scene of the tasks "put ... on plate" for ManiSkill. Imported only when an environment is built.
 
 Written after RL4VLA's PutOnPlateInScene25 (see `on_plate`), for ManiSkill 3.0.1, one robot at a time on the processor.
-Differs from their code: only the thing of the task is in the scene, not 24 others out of sight, and the table is a box,
-for the photograph hides theirs in every picture.
+Differs from their code: only the thing of the task is in the scene, not 24 others out of sight; the table is a box, for
+the photograph hides theirs in every picture; and pictures are drawn in the size that is asked for, not shrunk from
+640 x 480.
 """
 
 from __future__ import annotations
@@ -18,24 +19,21 @@ from mani_skill.utils import sapien_utils
 from mani_skill.utils.structs.pose import Pose
 from mani_skill.utils.structs.types import SimConfig
 from PIL import Image
-from scipy.spatial.transform import Rotation
 
 from perennial.suites._maniskill import on_plate
+from perennial.suites._maniskill.experts import spin
 
 CAMERA = "3rd_view_camera"
 CONTROL = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
 
-_TABLE_TOP = 0.8695
 _DROP = 0.95
-"""Height in metres from which the thing falls onto the table."""
+"""Height in metres from which thing and plate fall onto the table."""
 _FRICTION = 1.0
 _QPOS = np.array([-0.01840777, 0.0398835, 0.22242722, -0.00460194, 1.36524296, 0.00153398, 0.037, 0.037])
 _BASE = sapien.Pose([0.147, 0.028, 0.870], [0, 0, 0, 1])
 _AWAY = sapien.Pose([0.147, 0.028, 1.870], [0, 0, 0, 1])
 _SETTLING = 50, 600
 """Steps of the physics: always, and more if something still moves."""
-_MARGIN_ASIDE, _MARGIN_ABOVE, _FORCE = 0.01, 0.05, 0.03
-"""Metres, metres and newtons of what counts as lying on the plate."""
 
 
 class PutOnPlate(BaseEnv):  # type: ignore[misc]
@@ -49,7 +47,8 @@ class PutOnPlate(BaseEnv):  # type: ignore[misc]
     SUPPORTED_OBS_MODES = ("none",)
     SUPPORTED_REWARD_MODES = ("none",)
 
-    def __init__(self, name: str, **options: Any) -> None:
+    def __init__(self, name: str, variant: str, **options: Any) -> None:
+        self._variant = variant
         self._models = on_plate.thing(name), on_plate.plate()
         self._photographs = [Image.open(file).convert("RGB") for file in on_plate.tables()]
         self.background = self._photographs[0]
@@ -66,7 +65,7 @@ class PutOnPlate(BaseEnv):  # type: ignore[misc]
         sapien_utils.set_articulation_render_material(self.agent.robot._objs[0], specular=0.9, roughness=0.3)
         table = self.scene.create_actor_builder()
         table.add_box_collision(half_size=[1, 1, 0.05])
-        table.initial_pose = sapien.Pose([0, 0, _TABLE_TOP - 0.05])
+        table.initial_pose = sapien.Pose([0, 0, on_plate.TABLE_TOP - 0.05])
         table.build_static(name="table")
         self.thing, self.plate = (self._build(model) for model in self._models)
 
@@ -88,12 +87,12 @@ class PutOnPlate(BaseEnv):  # type: ignore[misc]
 
     def _initialize_episode(self, env_idx: torch.Tensor, options: dict[str, Any]) -> None:
         """Let thing and plate come to rest while the arm is out of the way."""
-        layout = on_plate.layout(int(self._episode_seed[0]))
+        layout = on_plate.layout(self._variant, int(self._episode_seed[0]))
         self.background = self._photographs[layout.table]
         self.agent.robot.set_pose(_AWAY)
         turn = [np.cos(layout.yaw / 2), 0, 0, np.sin(layout.yaw / 2)]
         self.thing.set_pose(sapien.Pose([*layout.thing, _DROP], turn))
-        self.plate.set_pose(sapien.Pose([*layout.plate, 0.869532], [1, 0, 0, 0]))
+        self.plate.set_pose(sapien.Pose([*layout.plate, _DROP], [1, 0, 0, 0]))
         self._advance(_SETTLING[0])
         actors = self.thing, self.plate
         if (
@@ -111,13 +110,11 @@ class PutOnPlate(BaseEnv):  # type: ignore[misc]
             self.scene.step()
 
     def evaluate(self) -> dict[str, torch.Tensor]:
-        """Whether the thing lies on the plate: above it, low enough, and touching it."""
-        aside = (self.thing.pose.p - self.plate.pose.p)[0].numpy()
-        thing, plate = self._half
-        above = 0 < aside[2] <= thing[2] + plate[2] + _MARGIN_ABOVE
-        near = np.linalg.norm(aside[:2]) <= plate.max() + _MARGIN_ASIDE
+        """Whether the thing lies on the plate."""
+        offset = (self.thing.pose.p - self.plate.pose.p)[0].numpy()
         force = self.scene.get_pairwise_contact_forces(self.thing, self.plate).norm().item()
-        return {"success": torch.tensor([bool(above and near and force > _FORCE)])}
+        thing, plate = self._half
+        return {"success": torch.tensor([on_plate.lies(offset, thing, plate, force)])}
 
     @property
     def thing_extent(self) -> np.ndarray:
@@ -127,7 +124,7 @@ class PutOnPlate(BaseEnv):  # type: ignore[misc]
     def thing_centre(self) -> np.ndarray:
         """Middle of the thing's bounding box in the world, in metres, float64 [3]."""
         pose = self.thing.pose
-        middle: np.ndarray = _turn(pose).apply(self._models[0].centre) + pose.p[0].numpy()
+        middle: np.ndarray = spin(pose).apply(self._models[0].centre) + pose.p[0].numpy()
         return middle
 
     def seen_ids(self) -> np.ndarray:
@@ -142,12 +139,8 @@ def _speed(velocities: Any) -> float:
 
 def _extent(pose: Pose, extent: np.ndarray) -> np.ndarray:
     """Size along the axes of the world of a box that is turned as `pose`."""
-    size: np.ndarray = np.abs(_turn(pose).as_matrix()) @ extent
+    size: np.ndarray = np.abs(spin(pose).as_matrix()) @ extent
     return size
-
-
-def _turn(pose: Pose) -> Rotation:
-    return Rotation.from_quat(np.roll(pose.q[0].numpy(), -1))
 
 
 def photograph(background: Image.Image, size: int) -> np.ndarray:

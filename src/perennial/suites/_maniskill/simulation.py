@@ -25,9 +25,10 @@ def table_top(task: str) -> Simulation:
     return Simulation(lambda **options: gymnasium.make(f"{task}-v1", control_mode=CONTROL, **options).unwrapped)
 
 
-def on_plate(thing: str) -> PlateSimulation:
+def put_on_plate(thing: str, variant: str) -> PlateSimulation:
     """The task to put `thing` on the plate."""
-    return PlateSimulation(lambda **options: plate_scene.PutOnPlate(thing, control_mode=plate_scene.CONTROL, **options))
+    ours = {"control_mode": plate_scene.CONTROL, "sensor_configs": {"shader_pack": "default"}}
+    return PlateSimulation(lambda **options: plate_scene.PutOnPlate(thing, variant, **ours, **options))
 
 
 class Simulation:
