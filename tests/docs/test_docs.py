@@ -105,6 +105,7 @@ def understood(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(kind, "__call__", lambda self: None)
     for user in ("learning.sft", "strategies.replay"):  # a reader brings demonstrations, or records them before
         monkeypatch.setattr(f"perennial.{user}.require_recorded", lambda *_: None)
+    monkeypatch.setattr("perennial.suites._maniskill.on_plate.require", lambda thing: None)  # and RL4VLA's models
     monkeypatch.setattr("perennial.config.checkpoint_folder", lambda checkpoint: checkpoint)  # or downloads
     if arguments[:1] == ["run"] and not {"--dry-run", "--help"} & {*arguments}:
         arguments = [*arguments, "--dry-run"]
