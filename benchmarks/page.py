@@ -124,7 +124,7 @@ def _suites(found: Mapping[str, Any]) -> list[str]:
         machine = measured["machine"]
         lines.append(
             f"- `{suite}`: {machine['processor']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}, "
-            f"Python {machine['python']}, torch {machine['torch']}, MuJoCo {machine['mujoco'] or 'not used'}."
+            f"Python {machine['python']}, torch {machine['torch']}, MuJoCo {machine.get('mujoco') or 'not used'}."
         )
     return lines
 

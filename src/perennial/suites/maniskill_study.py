@@ -57,7 +57,7 @@ class ManiSkillStudy(base.Suite):
     shares = frozenset({"sentences"})
     state_dim = 8
     action_dim = 7
-    steps_per_second = 130.0
+    steps_per_second = 100.0
 
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> ManiSkillEnvironment:
         """Build the environment of `task`; see `Suite.make`."""
