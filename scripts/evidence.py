@@ -335,7 +335,7 @@ def overfitting_curve(axes: Any) -> None:
 
 
 def trade_off(axes: Any) -> None:
-    """Gain across, change of what was never taught upwards; full points have three seeds."""
+    """Gain across, change of what was never taught upwards."""
     points = []
     for row in figures("simple_recipe")["rows"]:
         found = row["decoders"]["sampled"]
