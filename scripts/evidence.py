@@ -340,8 +340,7 @@ def trade_off(axes: Any) -> None:
     for row in figures("simple_recipe")["rows"]:
         found = row["decoders"]["sampled"]
         x, y = found["gain"]["value"], found["zs_gain"]["value"]
-        whole = len(row["seeds"]) >= 3
-        axes.plot(x, y, "o", color=COLOURS[0], markersize=5, fillstyle="full" if whole else "none")
+        axes.plot(x, y, "o", color=COLOURS[0], markersize=5)
         points.append((row["row"], x, y))
     plots.name_points(axes, points, 7)
 

@@ -108,20 +108,14 @@ def name_points(axes: Any, points: Sequence[tuple[str, float, float]], size: flo
     radius = size / 2 * axes.figure.dpi / 72
     taken = [Bbox([at - radius, at + radius]) for at in axes.transData.transform([(x, y) for _, x, y in points])]
     for label, x, y in points:
-        for across, up in BESIDE:
-            text = axes.annotate(
-                label, (x, y), (across * size / 2, up * size / 2), textcoords="offset points", fontsize=size, color=INK,
-                ha=("right", "center", "left")[across + 1], va=("top", "center", "bottom")[(up > 0) - (up < 0) + 1],
-            )  # fmt: skip
+        text = axes.annotate(label, (x, y), (0, 0), textcoords="offset points", fontsize=size, color=INK)
+        for across, up in (*BESIDE, BESIDE[0]):  # the first again where none is free
+            text.set_position((across * size / 2, up * size / 2))
+            text.set_ha(("right", "center", "left")[across + 1])
+            text.set_va(("top", "center", "bottom")[(up > 0) - (up < 0) + 1])
             box = text.get_window_extent()
             if axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and not box.count_overlaps(taken):
                 break
-            text.remove()
-        else:
-            text = axes.annotate(
-                label, (x, y), (size / 2, size / 2), textcoords="offset points", fontsize=size, color=INK
-            )
-            box = text.get_window_extent()
         taken.append(box)
 
 

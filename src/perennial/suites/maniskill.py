@@ -66,7 +66,7 @@ def simulator() -> Any:
     """The module that imports ManiSkill.
 
     Raises:
-        PerennialError: ManiSkill is not installed, or there is no Vulkan driver.
+        PerennialError: ManiSkill is not installed.
     """
     prepare()
     try:

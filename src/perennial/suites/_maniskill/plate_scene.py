@@ -21,7 +21,7 @@ from mani_skill.utils.structs.types import SimConfig
 from PIL import Image
 
 from perennial.suites._maniskill import on_plate
-from perennial.suites._maniskill.experts import spin
+from perennial.suites._maniskill.experts import place, spin
 
 CAMERA = "3rd_view_camera"
 CONTROL = "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos"
@@ -41,8 +41,10 @@ class PutOnPlate(BaseEnv):  # type: ignore[misc]
 
     Attributes:
         thing, plate: the actors.
-        background: photograph of the table, of 640 x 480 pixels.
+        background: photograph of the table, of 640 x 480 pixels; from the first reset on.
     """
+
+    background: Image.Image
 
     SUPPORTED_OBS_MODES = ("none",)
     SUPPORTED_REWARD_MODES = ("none",)
@@ -50,8 +52,8 @@ class PutOnPlate(BaseEnv):  # type: ignore[misc]
     def __init__(self, name: str, variant: str, **options: Any) -> None:
         self._variant = variant
         self._models = on_plate.thing(name), on_plate.plate()
-        self._photographs = [Image.open(file).convert("RGB") for file in on_plate.tables()]
-        self.background = self._photographs[0]
+        files = on_plate.tables()
+        self._photographs = {table: Image.open(files[table]).convert("RGB") for table in on_plate.TABLES[variant]}
         super().__init__(robot_uids=WidowX250SBridgeDatasetFlatTable, **options)
 
     @property
@@ -124,7 +126,7 @@ class PutOnPlate(BaseEnv):  # type: ignore[misc]
     def thing_centre(self) -> np.ndarray:
         """Middle of the thing's bounding box in the world, in metres, float64 [3]."""
         pose = self.thing.pose
-        middle: np.ndarray = spin(pose).apply(self._models[0].centre) + pose.p[0].numpy()
+        middle: np.ndarray = spin(pose).apply(self._models[0].centre) + place(pose)
         return middle
 
     def seen_ids(self) -> np.ndarray:
