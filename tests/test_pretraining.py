@@ -118,7 +118,9 @@ def test_a_commit_that_was_cut_off_leaves_the_one_before(demonstrations, tmp_pat
     assert (tmp_path / "out" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
 
 
-@pytest.mark.parametrize("changes", [{"steps": 8}, {"learning_rate": 2e-3}, {"seed": 1}, {"tasks": ("left",)}])
+@pytest.mark.parametrize(
+    "changes", [{"steps": 8}, {"learning_rate": 2e-3}, {"seed": 1}, {"tasks": ("left",)}, {"width": 2.0}]
+)
 def test_it_does_not_go_on_with_something_else(demonstrations, tmp_path, monkeypatch, changes):
     killed_at(monkeypatch, 2)
     with pytest.raises(Killed):
@@ -143,6 +145,8 @@ def test_a_folder_that_is_there_is_not_replaced(demonstrations, tmp_path, monkey
         ({"batch_size": 0}, "--batch-size is 0; it must be at least 1"),
         ({"episodes": -1}, "--episodes is -1; it must be at least 0"),
         ({"learning_rate": 0.0}, "--learning-rate is 0.0; it must be above 0"),
+        ({"width": 0.0}, "--width is 0.0; it must be a multiple of 0.5 above 0"),
+        ({"width": 0.3}, "--width is 0.3; it must be a multiple of 0.5 above 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(demonstrations, tmp_path, changes, message):

@@ -254,6 +254,8 @@ class Pretrain:
     """Suite of the demonstrations."""
     policy: str = "openvla_oft"
     """Policy class."""
+    width: float = 1.0
+    """Widths of the network, as a multiple of the small default's; a multiple of 0.5."""
     seed: int = 0
     """Names the random streams of initialisation, order and augmentation."""
     episodes: int = 40

@@ -25,6 +25,7 @@ from perennial import __version__, discovery, machine
 from perennial.demonstrations.dataset import Demonstration, data_hash, load, to_batch
 from perennial.errors import LearningError, PerennialError
 from perennial.evaluation.evaluate import evaluation_episodes
+from perennial.policies._sizes import STEP
 from perennial.policies.base import Batch, Observation, Policy
 from perennial.randomness import stream
 from perennial.rollout.workers import Cast, WorkerConfig, start_workers
@@ -98,6 +99,8 @@ def _check(options: Pretrain) -> None:
             )
     if not options.learning_rate > 0:
         raise PerennialError(f"--learning-rate is {options.learning_rate}; it must be above 0.")
+    if options.width <= 0 or options.width % STEP:
+        raise PerennialError(f"--width is {options.width}; it must be a multiple of {STEP} above 0.")
 
 
 def _claim(unfinished: Path, options: Pretrain, data: str) -> int:
@@ -110,13 +113,14 @@ def _claim(unfinished: Path, options: Pretrain, data: str) -> int:
         PerennialError: it was not.
     """
     asked = {
-        name: getattr(options, name) for name in ("steps", "batch_size", "learning_rate", "suite", "policy", "seed")
+        name: getattr(options, name)
+        for name in ("steps", "batch_size", "learning_rate", "suite", "policy", "width", "seed")
     }
     asked |= {"tasks": list(options.tasks), "data_sha256": data}
     path = unfinished / BEGUN
     if not path.exists():
         write_json(path, asked | {"threads": machine.cores()})
-    begun = json.loads(path.read_text())
+    begun = {"width": 1.0} | json.loads(path.read_text())  # it may be older than that option
     for name, value in asked.items():
         if begun[name] != value:
             raise PerennialError(
@@ -131,7 +135,7 @@ def _learn(
 ) -> Policy:
     """The policy after `options.steps` steps, of which those in the folder `commit` are done already."""
     suite = discovery.find("suites", options.suite, Suite)()
-    policy = fresh_policy(options.policy, suite, demonstrations, options.seed)
+    policy = fresh_policy(options.policy, suite, demonstrations, options.seed, options.width)
     parameters = dict(policy.model.named_parameters())
     optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.01, betas=(0.9, 0.98))
     done = 0
@@ -178,12 +182,12 @@ def tasks_of(demonstrations: list[Demonstration]) -> list[str]:
     return sorted({d.task for d in demonstrations})
 
 
-def fresh_policy(name: str, suite: Suite, demonstrations: list[Demonstration], seed: int) -> Policy:
+def fresh_policy(name: str, suite: Suite, demonstrations: list[Demonstration], seed: int, width: float = 1.0) -> Policy:
     """A small policy with random weights that speaks the suite's language and the data's units."""
     sentences = [i for task in suite.tasks.values() for i in (*task.instructions, task.evaluation_instruction)]
     actions = np.concatenate([d.actions for d in demonstrations])
     states = np.concatenate([d.states for d in demonstrations])
-    return discovery.find("policies", name, Policy).fresh(sentences, actions, states, seed)
+    return discovery.find("policies", name, Policy).fresh(sentences, actions, states, seed, width)
 
 
 def clone(

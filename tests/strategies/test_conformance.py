@@ -45,6 +45,7 @@ CASES = {
     "alignment": lambda: Alignment(steps=4, learning_rate=0.1, episodes=8),
     "ema": lambda: EMA(decay=0.7),
     "merge": lambda: Merge(alpha=0.7, language=0.2),
+    "merge ut2026": lambda: Merge(alpha=0.7, variant="ut2026"),
     "retain": lambda: Retain(alpha=(0.7,), language=(0.2,)),
     "retain searched": lambda: Retain(alpha=(0.2, 0.9), variant="ood_val", judged="taught", episodes=6),
     "retain parallel": lambda: Retain(alpha=(0.7,), chain="parallel"),

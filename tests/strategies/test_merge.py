@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perennial.errors import PerennialError
+from perennial.policies.lora import base_name
 from perennial.randomness import stream
-from perennial.strategies._weights import average_factors, between, looking_through, snapshot
+from perennial.strategies._weights import average_factors, between, looking_through, restore, snapshot
 from perennial.strategies.l2 import L2
 from perennial.strategies.merge import Merge
 from strategies.worlds import TASKS, no_episodes, policy, shake
@@ -142,3 +143,64 @@ def test_layers_smaller_than_the_rank_lose_nothing(rows, columns):
 def test_senseless_settings_are_refused(wrong):
     with pytest.raises(PerennialError, match="between 0 and 1"):
         Merge(**wrong)
+
+
+def update(learner):
+    """The effective update of every adapted layer: twice B A, as alpha is twice the rank."""
+    weights = dict(learner.model.named_parameters())
+    ups = [name for name in weights if ".lora_B." in name]
+    return {base_name(up): 2 * (weights[up] @ weights[up.replace("lora_B", "lora_A")]).detach() for up in ups}
+
+
+def test_fresh_adapters_add_up_on_the_base_as_in_the_formula_of_the_paper():
+    learner, base, merge, parts = policy(adapter=True), policy().acting_weights(), Merge(0.4, variant="ut2026"), []
+    for seed, task in enumerate(("left", "up", "right")):
+        merge.before_task(TASKS[task], learner)
+        shake(learner, seed, size=0.3)
+        parts.append(update(learner))
+        merge.after_task(TASKS[task], learner, no_episodes)
+        for name in parts[0]:
+            expected = base[name] + 0.4 * sum(part[name] for part in parts)
+            torch.testing.assert_close(learner.acting_weights()[name], expected, rtol=1e-5, atol=1e-6)
+    total = (learner.acting_weights()["trunk.weight"] - base["trunk.weight"]).double()
+    assert torch.linalg.matrix_rank(total, rtol=1e-5) == 9  # three adapters of rank 3
+
+
+def test_a_fresh_adapter_begins_where_the_last_one_ended():
+    learner, merge = policy(adapter=True), Merge(variant="ut2026")
+    _, _, merged = learn(merge, learner, seed=0)
+    old = snapshot(learner)
+    merge.before_task(TASKS["up"], learner)
+    assert_same(learner.acting_weights(), merged)
+    for name, value in snapshot(learner).items():
+        if ".lora_B." in name:
+            assert old[name].any()
+            assert not value.any()
+        else:
+            assert value.std() == pytest.approx(1 / 3, rel=0.5)  # Gaussian, 1 / rank
+            assert not torch.isclose(value, old[name]).any()
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4])
+def test_what_was_folded_comes_back_exactly(tasks):
+    learner, merge = policy(adapter=True), Merge(variant="ut2026")
+    for seed in range(tasks):
+        learn(merge, learner, seed)
+    other, loaded = policy(adapter=True), Merge(variant="ut2026")
+    restore(other, snapshot(learner))
+    loaded.load_state_dict(merge.state_dict(), other)
+    for each, strategy in ((learner, merge), (other, loaded)):
+        strategy.before_task(TASKS["right"], each)
+        shake(each, seed=9)
+        strategy.after_task(TASKS["right"], each, no_episodes)
+    assert_same(other.acting_weights(), learner.acting_weights())
+    assert_same(loaded.state_dict(), merge.state_dict())
+    assert bool(merge.weights) == (tasks > 2)  # from then on the weights take less room than the adapters
+
+
+def test_without_an_adapter_there_is_nothing_to_fold():
+    one, other = policy(), policy()
+    for seed in range(2):
+        learn(Merge(alpha=0.3), one, seed)
+        learn(Merge(alpha=0.3, variant="ut2026"), other, seed)
+    assert_same(one.acting_weights(), other.acting_weights())

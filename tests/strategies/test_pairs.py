@@ -9,6 +9,7 @@ import torch
 from perennial import discovery
 from perennial.config import validate
 from perennial.errors import PerennialError
+from perennial.evaluation.gate import Gate
 from perennial.strategies.alignment import Alignment
 from perennial.strategies.composition import Strategies
 from perennial.strategies.dark_replay import DarkReplay
@@ -75,6 +76,24 @@ def test_a_pair_is_refused_with_its_reason_or_accepted(pair, toy_checkpoint):
             validate(config)
     else:
         assert validate(config) is config
+
+
+@pytest.mark.parametrize("other", MAKE)
+def test_fresh_adapters_are_refused_beside_what_keeps_weights(other, toy_checkpoint):
+    fresh = Merge(variant="ut2026")
+    for pair in ((fresh, MAKE[other]()), (MAKE[other](), fresh)):
+        config = toy_config(toy_checkpoint, strategies=pair)
+        if other in ("replay", "slca"):
+            assert validate(config) is config
+        else:
+            with pytest.raises(PerennialError, match=r"has a fresh adapter|begins every task|would (replace|change)"):
+                validate(config)
+
+
+def test_fresh_adapters_are_refused_beside_a_gate(toy_checkpoint):
+    config = toy_config(toy_checkpoint, strategies=(Merge(variant="ut2026"),), gate=Gate(max_forgetting=10))
+    with pytest.raises(PerennialError, match="what 'merge' makes, as with ut2026 every task has a fresh adapter"):
+        validate(config)
 
 
 def taught(*names):

@@ -237,7 +237,9 @@ class Policy(ABC):
         return Outputs(self, batch)
 
     @classmethod
-    def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
+    def fresh(
+        cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int, width: float = 1.0
+    ) -> Self:
         """A small new policy with random weights, for pretraining from scratch.
 
         Args:
@@ -245,6 +247,7 @@ class Policy(ABC):
             actions: float32 [L, D], from which action statistics are taken.
             states: float32 [L, S], from which proprioception statistics are taken.
             seed: names the random weights.
+            width: of the layers, as a multiple of the default; one of 1/2.
         """
         raise NotImplementedError(f"{cls.name} starts from a published checkpoint")
 

@@ -109,6 +109,20 @@ def set_trainable(policy: Policy, groups: Collection[str] = GROUPS) -> None:
 
 
 @torch.no_grad()
+def fold_adapter(policy: Policy, seed: int) -> None:
+    """Add the adapter's update to the base's own weights and begin a new adapter: the policy acts as before.
+
+    The new adapter has the same ranks; A is drawn as in `add_adapter`, named by `seed`, and B is zero.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(integer_seed(seed, "adapter"))
+        for module in unwrap(policy.model).modules():
+            if hasattr(module, "lora_A"):
+                module.base_layer.weight += module.get_delta_weight("default")  # type: ignore[operator,union-attr]
+                module.reset_lora_parameters("default", init_lora_weights="gaussian")  # type: ignore[operator]
+
+
+@torch.no_grad()
 def merged_weights(model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """Detached copies of base parameters by base name, the active adapters added: W + scale * B A.
 

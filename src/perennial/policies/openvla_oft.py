@@ -30,6 +30,7 @@ from perennial.policies._openvla import published as openvla_published
 from perennial.policies._openvla import settings as openvla_settings
 from perennial.policies._openvla.config import NormStats, OpenVLAOFTConfig, Quantiles, small_config
 from perennial.policies._placement import module_lists
+from perennial.policies._sizes import widened
 from perennial.policies._tensors import read_tensors, write_tensors
 from perennial.policies._tokenizer import train_tokenizer
 from perennial.policies._value_head import new_value_head
@@ -91,13 +92,15 @@ class OpenVLAOFT(Policy):
             return cls(config, tokenizer, _network(config))
 
     @classmethod
-    def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
+    def fresh(
+        cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int, width: float = 1.0
+    ) -> Self:
         """The small default with random weights; see `Policy.fresh`."""
         tokenizer = train_tokenizer(sentences)
         stats = NormStats(_quantiles(actions), _quantiles(states))
         bos = int(tokenizer.token_to_id(_tokenizer.BOS) or 0)
         config = small_config(tokenizer.get_vocab_size(), bos, stats, regression=cls.regression)
-        return cls.create(config, tokenizer, seed)
+        return cls.create(widened(config, width), tokenizer, seed)
 
     def act(self, observation: Observation, temperature: float, rng: Sequence[np.random.Generator]) -> ActionChunk:
         """Decide by the inverse of each token's cumulative distribution at K uniform numbers per row."""

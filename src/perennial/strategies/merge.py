@@ -5,17 +5,24 @@ Take `retain` to have the coefficient searched on a shifted scene, or to merge a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from perennial.errors import PerennialError
+from perennial.policies._learned import learned_weights
 from perennial.policies.base import Policy
-from perennial.strategies._weights import between_groups, prefixed, restore, snapshot, unprefixed
+from perennial.policies.lora import fold_adapter, is_wrapped
+from perennial.randomness import integer_seed
+from perennial.strategies._weights import between_groups, nested, prefixed, restore, snapshot, unprefixed
 from perennial.strategies.base import Collect, Strategy
 from perennial.suites.base import Task
+
+BESIDE_FRESH = ("sequential", "slca", "replay")
+"""What keeps no weights of its own, which a fresh adapter would make those of another policy."""
 
 
 @dataclass
@@ -27,8 +34,11 @@ class Merge(Strategy):
     after the first task and whenever the average has that rank, otherwise its nearest approximation. The base stays
     as it is, so that every adapter folder remains a whole policy.
 
-    The weight merge in the code of arXiv 2603.11653 (frozen weights W0 + c sum B_j A_j, a fresh adapter for every
-    task, evaluated at scale c) is the same recursion with alpha = c, without the limit on the rank.
+    `variant="ut2026"` is the weight merge in the code of arXiv 2603.11653: a task begins with a fresh adapter on the
+    weights W0 + c sum B_j A_j of the tasks before it, and acts with c B A at its end. That is the same recursion with
+    alpha = c and no limit on the rank. The folder of an adapter then holds no more than the last task's part: the run
+    is a whole policy, which `perennial evaluate` and `resume` know how to read. One adapter is kept per task, or, once
+    they take half the room of the weights that they change, these weights. Without an adapter there is no difference.
 
     Attributes:
         alpha: weight of the fine-tuned weights, in [0, 1].
@@ -40,7 +50,10 @@ class Merge(Strategy):
     vision: float | None = None
     language: float | None = None
     action: float | None = None
+    variant: Literal["textbook", "ut2026"] = "textbook"
     start: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    weights: dict[str, Tensor] = field(init=False, repr=False, default_factory=dict)
+    adapters: list[dict[str, Tensor]] = field(init=False, repr=False, default_factory=list)
 
     def __post_init__(self) -> None:
         for alpha in (self.alpha, self.vision, self.language, self.action):
@@ -51,9 +64,37 @@ class Merge(Strategy):
         """It goes by single tasks."""
         return "it would merge again for every one of them"
 
+    def unfit(self, before: Sequence[Strategy], after: Sequence[Strategy]) -> str | None:
+        """A fresh adapter means nothing to those that keep an older one."""
+        other = next((other.name for other in (*before, *after) if other.name not in BESIDE_FRESH), None)
+        if other is None or self.variant == "textbook":
+            return None
+        return f"with ut2026 every task has a fresh adapter, and what {other!r} keeps may be of an older one"
+
+    def ungated(self) -> str | None:
+        """Nothing lies between two adapters of different weights."""
+        fresh = "with ut2026 every task has a fresh adapter, of which no part leads back to the one before"
+        return fresh if self.variant == "ut2026" else None
+
+    def kept(self, task: Task, policy: Policy) -> dict[torch.device, int]:
+        """For `ut2026`, the adapter."""
+        adapter = policy.trainable().values() if self.variant == "ut2026" and is_wrapped(policy.model) else ()
+        return {policy.device: sum(p.numel() * p.element_size() for p in adapter)}
+
     def before_task(self, task: Task, policy: Policy) -> None:
-        """Keep the weights that the task starts from."""
+        """Keep the weights that the task starts from; for `ut2026` those are of a fresh adapter."""
+        if self.variant == "ut2026" and is_wrapped(policy.model) and self.start:
+            self._fold(task, policy)
         self.start = snapshot(policy)
+
+    def _fold(self, task: Task, policy: Policy) -> None:
+        """Make the adapter a part of the base, and keep what is needed to do so again."""
+        self.adapters.append(learned_weights(policy))
+        fold_adapter(policy, integer_seed(0, self.name, task.name))
+        changed = {n: p.detach() for n, p in policy.model.named_parameters() if n.endswith(".base_layer.weight")}
+        room = sum(weight.nbytes for weight in changed.values())
+        if self.weights or 2 * sum(factor.nbytes for adapter in self.adapters for factor in adapter.values()) > room:
+            self.weights, self.adapters = changed, []
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Average, so that the next task starts from there."""
@@ -62,9 +103,21 @@ class Merge(Strategy):
         restore(policy, between_groups(policy, self.start, snapshot(policy), (vision, language, action)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights that the present task started from."""
-        return prefixed("start", self.start)
+        """The weights that the present task started from, and what became a part of the base before."""
+        state = prefixed("start", self.start) | prefixed("weights", self.weights)
+        for number, adapter in enumerate(self.adapters):
+            state |= prefixed(f"adapter/{number:04d}", adapter)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Tensor], policy: Policy) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave, also as a part of the base."""
         self.start = unprefixed("start", state, policy.device)
+        self.weights = unprefixed("weights", state, policy.device)
+        adapters = nested(unprefixed("adapter", state), policy.device)
+        self.adapters = [adapters[number] for number in sorted(adapters)]
+        present = learned_weights(policy)
+        restore(policy, self.weights)
+        for adapter in self.adapters:
+            restore(policy, adapter)
+            fold_adapter(policy, seed=0)
+        restore(policy, present)

@@ -2,9 +2,12 @@
 
 The coefficients of EWC, L2, KL anchor, ER and DER were chosen before, by the study `strategy_strength` on three of the
 tasks with a seed that is not used here (but on the same evaluation states): the strongest one tried that keeps two
-thirds of what sequential fine-tuning gains. The other strategies have their published settings. For full
-fine-tuning nothing was searched: `full` has a lower learning rate, `full_untuned` that of LoRA, as in the paper.
+thirds of what sequential fine-tuning gains. Rows called `..._ut2026` have the forms, coefficients and memories of the
+paper's code, and the other strategies their published settings. For full fine-tuning nothing was searched: `full` has a
+lower learning rate, `full_untuned` that of LoRA, as in the paper.
 """
+
+from collections.abc import Mapping
 
 from perennial.presets.simple_recipe_metaworld import SEQUENCE
 from perennial.studies.base import Method, Preparation, Study
@@ -22,13 +25,22 @@ BREADTHS = {
     45: tuple(task for task in MetaWorld.tasks if task not in HARDEST),
 }  # fmt: skip
 """Tasks that a base is pretrained on; every breadth has the same demonstrations and gradient steps for each task."""
+WIDTHS = {"narrow10": "0.5", "wide10": "2"}
+"""Width of the network, where it is not that of `breadth10`; the base is pretrained on the same ten tasks."""
 STEPS_PER_TASK = 80
 
 
-def _base(tasks: int) -> Preparation:
-    arguments = ("pretrain", "{folder}/demonstrations", f"{{folder}}/base{tasks}", "--tasks", *BREADTHS[tasks])
+def _base(name: str, needed_by: str, tasks: int, *options: str) -> Preparation:
+    arguments = ("pretrain", "{folder}/demonstrations", f"{{folder}}/{name}", "--tasks", *BREADTHS[tasks])
     steps = ("--steps", str(STEPS_PER_TASK * tasks), "--episodes", "0")
-    return Preparation(f"base{tasks}", (*arguments, *steps), (f"breadth{tasks}",))
+    return Preparation(name, (*arguments, *steps, *options), (needed_by,))
+
+
+def _with_demonstrations(strategy: str, published: Mapping[str, float] | None = None) -> Method:
+    """Replay as in the code of the paper: one demonstration of each of the ten tasks, from the first task on."""
+    option = f"strategies.{strategy}"
+    overrides = {f"{option}.variant": "ut2026", f"{option}.demonstrations": "{folder}/one_of_each"}
+    return Method({"strategies": strategy, **overrides}, published=published or {})
 
 
 STUDY = Study(
@@ -41,22 +53,18 @@ STUDY = Study(
         ),
         "multitask": Method({"schedule": "joint"}, published={"avg": 85.8, "gain": 28.9, "zs": 51.2, "zs_gain": -0.3}),
         "expansion": Method({"strategies": "expansion"}, published={"nbt": 0.0, "fwt": 0.0}),
-        "ewc": Method(
-            {"strategies": "ewc", "strategies.ewc.coefficient": "0.05"},
-            published={"avg": 66.1},
-            published_form="lambda is 1e6 without the 1/2, and the Fisher is taken from training gradients (`ut2026`)",
-        ),
+        "ewc": Method({"strategies": "ewc", "strategies.ewc.coefficient": "0.05"}),
+        "ewc_ut2026": Method({"strategies": "ewc", "strategies.ewc.variant": "ut2026"}, published={"avg": 66.1}),
         "l2": Method({"strategies": "l2", "strategies.l2.coefficient": "0.001"}),
         "kl_anchor": Method({"strategies": "kl_anchor", "strategies.kl_anchor.coefficient": "0.01"}),
         "replay": Method({"strategies": "replay", "strategies.replay.coefficient": "0.1"}),
-        "dark_replay": Method(
-            {"strategies": "dark_replay", "strategies.dark_replay.coefficient": "0.1"},
-            published={"avg": 73.4},
-            published_form="the logits of the base are matched, on a demonstration of each of the ten tasks (`ut2026`)",
-        ),
+        "replay_ut2026": _with_demonstrations("replay"),
+        "dark_replay": Method({"strategies": "dark_replay", "strategies.dark_replay.coefficient": "0.1"}),
+        "dark_replay_ut2026": _with_demonstrations("dark_replay", {"avg": 73.4}),
         "slca": Method({"strategies": "slca"}, published={"avg": 69.9}),
         "slca_alignment": Method({"strategies": "slca,alignment"}),
-        "merge": Method({"strategies": "merge", "strategies.merge.alpha": "0.5"}, published={"avg": 66.0}),
+        "merge": Method({"strategies": "merge", "strategies.merge.alpha": "0.5"}),
+        "merge_ut2026": Method({"strategies": "merge", "strategies.merge.variant": "ut2026"}, published={"avg": 66.0}),
         "sft": Method(
             {"recipe": "sft", "recipe.sft.demonstrations": "{folder}/demonstrations"},
             section="other recipes",
@@ -78,6 +86,7 @@ STUDY = Study(
             f"breadth{tasks}": Method({"policy.checkpoint": f"{{folder}}/base{tasks}"}, section="pretraining")
             for tasks in BREADTHS
         },
+        **{name: Method({"policy.checkpoint": f"{{folder}}/base_{name}"}, section="pretraining") for name in WIDTHS},
     },
     orders={
         "reversed": TAUGHT[::-1],
@@ -87,14 +96,20 @@ STUDY = Study(
         Preparation(
             "demonstrations",
             ("demos", "{folder}/demonstrations", "--count", "40", "--tasks", *BREADTHS[45]),
-            ("sft", "from_scratch", *(f"breadth{tasks}" for tasks in BREADTHS)),
+            ("sft", "from_scratch", *(f"breadth{tasks}" for tasks in BREADTHS), *WIDTHS),
+        ),
+        Preparation(
+            "one_of_each",
+            ("demos", "{folder}/one_of_each", "--count", "1", "--tasks", *BREADTHS[10]),
+            ("replay_ut2026", "dark_replay_ut2026"),
         ),
         Preparation(
             "base0",
             ("pretrain", "{folder}/demonstrations", "{folder}/base0", "--steps", "1", "--episodes", "0"),
             ("from_scratch",),
         ),
-        *(_base(tasks) for tasks in BREADTHS),
+        *(_base(f"base{tasks}", f"breadth{tasks}", tasks) for tasks in BREADTHS),
+        *(_base(f"base_{name}", name, 10, "--width", width) for name, width in WIDTHS.items()),
     ),
     source="arXiv 2603.11653, tables 1 and 3: OpenVLA-OFT (7B) on LIBERO-spatial, 3 seeds",
 )

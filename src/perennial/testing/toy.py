@@ -270,9 +270,11 @@ class ToyPolicy(Policy):
         return value
 
     @classmethod
-    def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
+    def fresh(
+        cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int, width: float = 1.0
+    ) -> Self:
         """A new policy; it reads any words, and its statistics are fixed."""
-        return cls(seed)
+        return cls(seed, round(32 * width))
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         """Write config.json and model.safetensors, an adapter merged in."""

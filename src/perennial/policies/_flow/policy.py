@@ -35,6 +35,7 @@ from perennial.errors import PerennialError
 from perennial.policies import _tokenizer
 from perennial.policies._flow import lerobot_layout, sde
 from perennial.policies._pi0.config import Moments, PI0Config
+from perennial.policies._sizes import widened
 from perennial.policies._tensors import write_tensors
 from perennial.policies._value_head import new_value_head
 from perennial.policies.base import ActionChunk, Batch, Observation, Outputs, Policy
@@ -75,13 +76,16 @@ class FlowPolicy(Policy):
             return cls(config, tokenizer, cls._build(config, random=True))
 
     @classmethod
-    def fresh(cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int) -> Self:
+    def fresh(
+        cls, sentences: Sequence[str], actions: np.ndarray, states: np.ndarray, seed: int, width: float = 1.0
+    ) -> Self:
         """The small default with random weights; see `Policy.fresh`."""
         from tokenizers.normalizers import Lowercase
 
         tokenizer = _tokenizer.train_tokenizer(sentences)
         tokenizer.normalizer = Lowercase()
-        return cls.create(cls._small(tokenizer, _moments(states), _moments(actions)), tokenizer, seed)
+        config = cls._small(tokenizer, _moments(states), _moments(actions))
+        return cls.create(widened(config, width), tokenizer, seed)
 
     @property
     def imitated_steps(self) -> int:
