@@ -107,7 +107,7 @@ def test_pictures_are_those_of_libero_pixel_for_pixel(libero):  # noqa: F811
 
 
 @pytest.mark.skipif(bool(NAMED), reason="golden frames belong to the shared assets, and others are named")
-@pytest.mark.parametrize("task", ["spatial-0", "object-0", "goal-0", "long-4"])
+@pytest.mark.parametrize("task", ["spatial-0", "object-0", "goal-0", "long-4", "90-75"])
 def test_first_frames_are_golden(libero, task):  # noqa: F811
     """The first evaluation state of a task of each suite, within what two OpenGL libraries may differ by."""
     environment = LiberoWrist().make(task, image_size=32)
