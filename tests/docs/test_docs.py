@@ -107,6 +107,8 @@ def understood(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"perennial.{user}.require_recorded", lambda *_: None)
     monkeypatch.setattr("perennial.suites._maniskill.on_plate.require", lambda thing: None)  # and RL4VLA's models
     monkeypatch.setattr("perennial.config.checkpoint_folder", lambda checkpoint: checkpoint)  # or downloads
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # and has a GPU
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     if arguments[:1] == ["run"] and not {"--dry-run", "--help"} & {*arguments}:
         arguments = [*arguments, "--dry-run"]
     try:
