@@ -7,6 +7,7 @@ import pytest
 from perennial import __version__, cli, discovery, experiment
 from perennial.errors import LearningError, PerennialError
 from perennial.evaluation import standalone
+from perennial.testing.toy import ToySuite
 from toyhouse.runs import CONFIG
 
 HEAVY = {
@@ -152,6 +153,31 @@ def test_a_dry_run_prints_the_configuration_and_starts_nothing(monkeypatch, toy_
     assert code == 0
     assert (shown["seed"], shown["suite"], shown["recipe"][0]["name"]) == (4, "perennial.testing.toy", "grpo")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def no_simulator(monkeypatch, toy_checkpoint, tmp_path):
+    """Arguments of a run whose suite finds no simulator, and an empty folder to be in."""
+
+    def missing(suite):
+        raise PerennialError("The toys are not installed; run [toys].")
+
+    monkeypatch.setattr(ToySuite, "require_simulator", missing)
+    monkeypatch.chdir(tmp_path)
+    return "run", "toyhouse.preset", "--policy.checkpoint", str(toy_checkpoint)
+
+
+def test_a_run_without_its_simulator_leaves_no_folder(no_simulator, sentence, tmp_path):
+    code, said = sentence(*no_simulator)
+    assert (code, said.strip()) == (2, "The toys are not installed; run [toys].")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_without_the_simulator_prints_the_configuration_and_a_warning(no_simulator, capsys):
+    assert call(*no_simulator, "--dry-run") == 0
+    shown, warned = capsys.readouterr()
+    assert json.loads(shown)["suite"] == "perennial.testing.toy"
+    assert warned.strip() == "A run would stop: The toys are not installed; run [toys]."
 
 
 @pytest.mark.parametrize("kind", ["suites", "policies", "strategies", "recipes", "presets", "studies", "trackers"])

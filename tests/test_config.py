@@ -9,6 +9,7 @@ from perennial import discovery, overrides
 from perennial.config import Config, Tasks, preset, validate, validate_settings
 from perennial.errors import PerennialError
 from perennial.learning.grpo import GRPO
+from perennial.policies._anatomy import Anatomy
 from perennial.policies.base import Policy
 from perennial.strategies.dark_replay import DarkReplay
 from perennial.strategies.ema import EMA
@@ -115,6 +116,73 @@ def test_a_sound_configuration_comes_back_as_it_is(config):
 def test_what_cannot_work_is_refused_in_a_sentence(config, changes, message):
     with pytest.raises(PerennialError, match=message):
         validate(overrides.apply(config, changes))
+
+
+KITCHEN = {"suite": "kitchen", "tasks.trained": "kettle", "tasks.held_out": "microwave"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"suite": "libero"},
+            r"^The task 'faucet-open-v3' belongs to the suite 'metaworld', not to 'libero'; beside --suite, give "
+            r"--tasks\.trained and --tasks\.held_out with tasks that `perennial list suites libero` names\.$",
+        ),
+        ({"suite": "libero", "tasks.trained": "object-0"}, r"^The task '[\w-]+-v3' belongs to the suite 'metaworld'"),
+        (
+            {"suite": "libero", "tasks.trained": "object-11", "tasks.held_out": "object-1"},
+            r"'object-11'\. Did you mean",
+        ),
+        ({"suite": "libero", "tasks.trained": "??", "tasks.held_out": "object-1"}, r"no task .*'\?\?'\. Known: 90-0"),
+        (
+            KITCHEN,
+            r"^The checkpoint 'bundled:metaworld-small' works with 4 state numbers, but the suite 'kitchen' has 9;",
+        ),
+    ],
+)
+def test_a_preset_does_not_fit_every_suite(changes, message):
+    with pytest.raises(PerennialError, match=message):
+        validate(overrides.apply(preset("demo"), changes))
+
+
+def test_actions_must_be_as_long_as_the_suites(config, monkeypatch):
+    wider = Anatomy((), {}, 1, action_dim=7)  # and it reads no state
+    monkeypatch.setattr(ToyPolicy, "anatomy", lambda folder, instruction: wider)
+    with pytest.raises(PerennialError, match=r"works with 7 action numbers, but the suite '[\w.]+' has 2"):
+        validate(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"evaluation.variants": "id,cam2"}, {"strategies": "retain", "strategies.retain.alpha": "0.5,1"}],
+    ids=["evaluated", "searched"],
+)
+def test_a_variant_that_only_some_tasks_have_is_refused_for_others(config, changes):
+    suite = {"suite": "libero_study", "tasks.trained": "object-0", "tasks.held_out": "spatial-0"}
+    chosen = overrides.apply(config, suite | changes | {"policy.name": "openvla_oft"})
+    if "strategies" in changes:
+        chosen = overrides.apply(chosen, {"strategies.retain.variant": "cam2"})
+    with pytest.raises(PerennialError, match=r"^The variant 'cam2' is defined for .*, not for 'object-0'"):
+        validate(chosen)
+    validate(replace(chosen, tasks=Tasks(("spatial-1",), ("spatial-0",))))
+
+
+def test_a_variant_in_which_a_task_is_not_played_need_not_be_one_of_its_own(config):
+    """As in RETAIN's preset, where held-out tasks are evaluated in distribution only."""
+    chosen = overrides.apply(
+        config,
+        {
+            "suite": "libero_retain",
+            "tasks.trained": "long-2",
+            "tasks.held_out": "spatial-0",
+            "evaluation.variants": "id,medium",
+            "policy.name": "openvla_oft",
+        },
+    )
+    validate(overrides.apply(chosen, {"evaluation.held_out": "first"}))
+    with pytest.raises(PerennialError, match="not for 'spatial-0'"):
+        validate(chosen)
 
 
 def test_what_may_be_zero_is_accepted(config):

@@ -16,6 +16,7 @@ from tyro.conf import Positional
 from perennial.alpha.options import Alpha
 from perennial.conversion import Convert
 from perennial.discovery import Kind
+from perennial.errors import PerennialError
 from perennial.planning.options import Plan
 
 console = Console()
@@ -45,8 +46,21 @@ class Run:
         configuration.validate(config)
         if self.dry_run:
             console.print_json(json.dumps(configuration.to_json(config)))
+            _warn_without_simulator(config.suite)
             return
         experiment.start(config, self.preset, self.run_dir)
+
+
+def _warn_without_simulator(name: str) -> None:
+    """Say on standard error that a run would stop; configurations may be checked where the simulator is missing."""
+    from perennial import discovery
+    from perennial.suites.base import Suite
+
+    try:
+        discovery.find("suites", name, Suite)().require_simulator()
+    except PerennialError as error:
+        told = f"[yellow]A run would stop:[/yellow] {escape(str(error))}"
+        Console(stderr=True).print(told, soft_wrap=True, highlight=False)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ of the name, counted from 1, means one of several stages of a kind (`--recipe gr
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -178,12 +179,16 @@ def validate(config: Config) -> Config:
     """
     validate_settings(config)
     suite = discovery.find("suites", config.suite, Suite)()
-    for task in (*config.tasks.trained, *config.tasks.held_out):
-        suite.check(task)
+    played = {variant: config.tasks.trained for strategy in config.strategies for variant in strategy.variants()}
+    played |= {variant: config.tasks_in(variant) for variant in config.evaluation.variants}
+    for variant, tasks in played.items():
+        for task in tasks:
+            suite.check(task, variant)
     for stage in config.recipe:
         stage.check(config.tasks.trained)
     for strategy in config.strategies:
         strategy.check(config.tasks.trained)
+    _check_lengths(config, suite)
     return config
 
 
@@ -195,7 +200,7 @@ def validate_settings(config: Config) -> Config:
     """
     suite = discovery.find("suites", config.suite, Suite)()
     played = [variant for strategy in config.strategies for variant in sorted(strategy.variants())]
-    require_known(suite, config.suite, (*config.tasks.trained, *config.tasks.held_out))
+    _check_tasks(config, suite)
     require_known(suite, config.suite, variants=(*config.evaluation.variants, *played))
     config.tasks.check()
     config.evaluation.check()
@@ -210,6 +215,44 @@ def validate_settings(config: Config) -> Config:
     for stage in config.recipe:
         stage.optimizer.check()
     return config
+
+
+def _check_tasks(config: Config, suite: Suite) -> None:
+    """Every task is one of the suite's; who changes only the suite of a preset still has the tasks of another."""
+    names = (*config.tasks.trained, *config.tasks.held_out)
+    for name in names:
+        if name not in suite.tasks and (owner := _owner(name)) is not None:
+            raise PerennialError(
+                f"The task {name!r} belongs to the suite {owner!r}, not to {config.suite!r}; beside --suite, give "
+                f"--tasks.trained and --tasks.held_out with tasks that `perennial list suites {config.suite}` names."
+            )
+    require_known(suite, config.suite, names)
+
+
+def _owner(task: str) -> str | None:
+    """The first suite that has a task of this name."""
+    for name in discovery.names("suites"):
+        with suppress(Exception):  # a suite that has no tasks without an argument, or of a broken package
+            if task in discovery.find("suites", name, Suite)().tasks:
+                return name
+    return None
+
+
+def _check_lengths(config: Config, suite: Suite) -> None:
+    """The checkpoint reads and gives as many numbers as the suite has, as far as its config tells."""
+    policy, checkpoint = discovery.find("policies", config.policy.name, Policy), config.policy.checkpoint
+    sentence = suite.tasks[config.tasks.trained[0]].evaluation_instruction
+    try:
+        anatomy = policy.anatomy(checkpoint_folder(checkpoint), sentence)
+    except (NotImplementedError, PerennialError, OSError, LookupError, TypeError, ValueError):
+        return  # loading says better what is wrong
+    lengths = {"state": (anatomy.state_dim, suite.state_dim), "action": (anatomy.action_dim, suite.action_dim)}
+    for what, (found, wanted) in lengths.items():
+        if found not in (None, wanted):
+            raise PerennialError(
+                f"The checkpoint {checkpoint!r} works with {found} {what} numbers, but the suite {config.suite!r} has "
+                f"{wanted}; choose one that was trained on this suite by --policy.checkpoint."
+            )
 
 
 def _check_names(option: str, chosen: tuple[str, ...]) -> None:

@@ -18,11 +18,20 @@ class LearningError(PerennialError):
     exit_code = 3
 
 
+APART = ("libero", "maniskill")
+"""Extras that get an environment of their own: LIBERO's brings a torchvision that breaks transformers on CPU torch."""
+
+
 def how_to_install(extra: str) -> str:
     """The command that installs an extra, or what is always needed.
 
     Perennial is not on PyPI, where its name belongs to another project: `pip install perennial` gets that one.
     """
+    if extra in APART:
+        return (
+            f"`make setup-{extra}` in the folder of Perennial's source and then .venv-{extra}/bin/perennial, as it has "
+            "an environment of its own (docs/suites.md says why, and how to make one elsewhere)"
+        )
     what = f"'.[{extra}]'" if extra else "."
     return f"pip install -c constraints.txt -e {what} in the folder of Perennial's source"
 

@@ -19,7 +19,7 @@ import torch
 from rich.markup import escape
 
 from perennial import config as configuration
-from perennial import faults, gating, machine, overrides
+from perennial import discovery, faults, gating, machine, overrides
 from perennial.config import Config
 from perennial.doctor import describe_machine
 from perennial.errors import PerennialError
@@ -33,7 +33,7 @@ from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.rollout.workers import sized
 from perennial.session import Cursor, Session, cells, label, prepare
 from perennial.storage.run_folder import RunFolder
-from perennial.suites.base import Task
+from perennial.suites.base import Suite, Task
 
 
 def start(config: Config, preset: str, path: Path | None) -> Path:
@@ -42,6 +42,7 @@ def start(config: Config, preset: str, path: Path | None) -> Path:
     What depends on this machine or place is written down as it is now: the numbers of workers and threads, the paths of
     the checkpoint and of demonstrations, micro-batches that fit into the memory.
     """
+    discovery.find("suites", config.suite, Suite)().require_simulator()
     config = fit_micro_batches(configuration.settled(_counted(config)))
     path = path or RunFolder.free_path(f"{preset}-seed{config.seed}")
     described = configuration.to_json(config), describe_machine()

@@ -41,6 +41,13 @@ def test_smolvla_has_the_published_size():
     assert _anatomy.parameters(SmolVLA.anatomy(None, SENTENCE)) + 49280 * 960 == pytest.approx(450e6, rel=0.001)
 
 
+def test_networks_say_how_long_states_and_actions_are():
+    """As published: for LIBERO, for six joints, and without a state."""
+    found = {kind: kind.anatomy(None, SENTENCE) for kind in (PI0, SmolVLA, OpenVLA)}
+    lengths = {kind: (anatomy.state_dim, anatomy.action_dim) for kind, anatomy in found.items()}
+    assert lengths == {PI0: (8, 7), SmolVLA: (6, 6), OpenVLA: (None, 7)}
+
+
 def test_a_forward_pass_takes_two_operations_for_each_weight_and_position():
     """The textbook's 2 N T, plus attention, for the language model of OpenVLA."""
     (language,) = (p for p in OpenVLA.anatomy(None, SENTENCE).parts if getattr(p, "group", "") == "language")

@@ -56,6 +56,14 @@ def test_a_missing_simulator_is_explained(monkeypatch, ask):
         ask("kettle")
 
 
+def test_a_missing_simulator_is_known_without_an_import(monkeypatch):
+    if INSTALLED:
+        SUITE.require_simulator()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PerennialError, match=r"^Franka Kitchen is not installed; run pip install .*\[kitchen\]' in"):
+        SUITE.require_simulator()
+
+
 def test_unknown_names_are_answered_with_the_nearest():
     for ask in (SUITE.make, SUITE.expert):
         with pytest.raises(PerennialError, match="microwave"):

@@ -138,6 +138,9 @@ def test_published_protocols_share_all_stored_states_and_say_so(suite):
 def test_a_variant_of_some_tasks_is_refused_for_others(suite, task, variant, named):
     with pytest.raises(PerennialError, match=named):
         suite.make(task, variant)
+    with pytest.raises(PerennialError, match=named):
+        suite.check(task, variant)
+    suite.check(named, variant)
 
 
 @pytest.mark.parametrize(("task", "variant"), [("spatial-10", "id"), ("spatial-0", "lights")])
@@ -148,27 +151,20 @@ def test_unknown_names_are_answered_with_the_nearest(task, variant):
 
 def test_a_missing_simulator_is_explained(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PerennialError, match=r"run pip install -c constraints\.txt -e '\.\[libero\]' in"):
-        libero_install.package()
-
-
-def test_it_is_not_to_be_installed_beside_another_robosuite(monkeypatch):
-    """The install would take RoboCasa's away."""
-    monkeypatch.setattr("perennial.doctor.installed_version", {"robosuite": "1.5.2"}.get)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PerennialError, match=r"environment of its own, .* robosuite 1\.5\.2 is here") as raised:
-        SUITE.make("object-0")
-    assert "pip install" not in str(raised.value)
+    with pytest.raises(PerennialError, match=r"^LIBERO is not installed; run `make setup-libero` in .*") as raised:
+        SUITE.require_simulator()
+    assert ".venv-libero/bin/perennial" in str(raised.value)
+    assert "an environment of its own (docs/suites.md says" in str(raised.value)
+    assert "pip install" not in str(raised.value), "it would break transformers in the environment that is active"
 
 
 def test_an_import_that_fails_says_the_same(installed, monkeypatch):
     complete(installed / "package" / "assets")
-    monkeypatch.setattr("perennial.doctor.installed_version", {"robosuite": "1.5.2"}.get)
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     monkeypatch.setitem(sys.modules, "libero", None)
     monkeypatch.delitem(sys.modules, "libero.libero", raising=False)
     monkeypatch.delitem(sys.modules, "perennial.suites._libero.simulation", raising=False)
-    with pytest.raises(PerennialError, match=r"cannot be imported .*; it needs an environment of its own"):
+    with pytest.raises(PerennialError, match=r"cannot be imported .*; run `make setup-libero` in .* of its own"):
         SUITE.make("object-0")
 
 
@@ -196,7 +192,7 @@ def test_missing_assets_are_one_sentence_with_the_folder_and_the_variable(instal
     assert libero_install.assets() == installed / "home" / ".cache" / "libero" / "assets"
     monkeypatch.setenv("PERENNIAL_LIBERO_ASSETS", str(installed / "mine"))
     with pytest.raises(PerennialError, match="mine"):
-        libero_install.assets()
+        SUITE.require_simulator()
     assert complete(installed / "mine") == libero_install.assets()
 
 

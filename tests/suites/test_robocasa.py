@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from perennial.errors import PerennialError
+from perennial.suites import robocasa as adapter
 from perennial.suites.robocasa import RoboCasa
 from perennial.testing.suite_conformance import (
     CHECKS,
@@ -95,7 +96,16 @@ class RoboCasaGymEnv:
 
 
 @pytest.fixture
-def robocasa(monkeypatch):
+def assets(monkeypatch, tmp_path):
+    """The folder of RoboCasa's assets, in which nothing is missing."""
+    for name in adapter._DOWNLOADED:
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(adapter, "_assets", lambda: tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def robocasa(monkeypatch, assets):
     """RoboCasa as far as it is imitated."""
     for name in ("robocasa", "robocasa.wrappers", "robocasa.wrappers.gym_wrapper"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -166,6 +176,41 @@ def test_closing_twice_closes_once():
     assert environment._kitchen.env.closed == 1
 
 
+FETCH = r"about 10 GB, by `python -m robocasa\.scripts\.download_kitchen_assets`"
+
+
+@pytest.mark.usefixtures("robocasa")
+@pytest.mark.parametrize("folder", ["textures", "fixtures/windows", "objects/lightwheel"])
+def test_a_missing_folder_of_assets_is_named_before_a_run_and_before_anything_is_built(folder, assets):
+    """RoboCasa would draw an object from the folders that are here."""
+    (assets / folder).rmdir()
+    for look in (SUITE.require_simulator, lambda: SUITE.make("TurnOnMicrowave")):
+        with pytest.raises(PerennialError, match=f"there is no {assets / folder}.*{FETCH}"):
+            look()
+
+
+@pytest.mark.usefixtures("robocasa")
+@pytest.mark.parametrize("error", [FileNotFoundError("no model.xml"), ValueError("Error opening file 'x.png'")])
+def test_a_missing_file_of_the_assets_is_named(error, monkeypatch):
+    """RoboCasa builds a kitchen when it is constructed and with every reset."""
+
+    def fail(*_, **__):
+        raise error
+
+    environment = SUITE.make("TurnOnMicrowave")
+    monkeypatch.setattr(RoboCasaGymEnv, "reset", fail)
+    monkeypatch.setattr(RoboCasaGymEnv, "__init__", fail)
+    for build in (environment.reset, lambda: SUITE.make("TurnOnMicrowave")):
+        with pytest.raises(PerennialError, match=f"{error}.*{FETCH}"):
+            build()
+
+
+def test_a_simulator_that_is_not_installed_is_known_without_an_import(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PerennialError, match=r"^RoboCasa is not installed; .* of its own, .* docs/suites\.md"):
+        SUITE.require_simulator()
+
+
 def test_a_missing_simulator_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "robocasa", None)
     monkeypatch.setenv("MUJOCO_GL", "glfw")
@@ -175,12 +220,16 @@ def test_a_missing_simulator_is_explained(monkeypatch):
         SUITE.make("TurnOnMicrowave")
 
 
-def test_the_doctor_says_whether_it_is_installed(monkeypatch):
+def test_the_doctor_says_whether_it_is_installed(monkeypatch, assets):
     monkeypatch.setattr("perennial.doctor.installed_version", lambda _: None)
     assert [check.status for check in SUITE.doctor()] == ["warning"]
     versions = {"robocasa": "1.0.1", "robosuite": "1.5.2"}
     monkeypatch.setattr("perennial.doctor.installed_version", versions.get)
     assert [(check.status, check.finding) for check in SUITE.doctor()] == [("ok", "1.0.1")]
+    (assets / "textures").rmdir()
+    (check,) = SUITE.doctor()
+    assert (check.status, check.finding) == ("warning", "1.0.1 without its assets")
+    assert "download_kitchen_assets" in check.fix
     versions["robosuite"] = "1.4.0"
     (check,) = SUITE.doctor()
     assert (check.status, check.finding) == ("problem", "1.0.1 with robosuite 1.4.0, but it needs 1.5")

@@ -114,12 +114,15 @@ class Anatomy:
         other: parameters outside of `parts`, such as embeddings, by group.
         steps: environment steps that one decision is good for.
         dtype: that the checkpoint asks for.
+        state_dim, action_dim: numbers of a state that it reads, and of an action; None where any number will do.
     """
 
     parts: tuple[Layer | Blocks, ...]
     other: Mapping[str, int]
     steps: int
     dtype: str = "float32"
+    state_dim: int | None = None
+    action_dim: int | None = None
 
 
 @dataclass(frozen=True)

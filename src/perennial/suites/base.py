@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol, get_args
 import gymnasium
 import numpy as np
 
-from perennial.errors import PerennialError, unknown
+from perennial.errors import PerennialError, how_to_install, unknown
 
 Split = Literal["demonstration", "training", "evaluation"]
 """Initial states of different splits never coincide, unless a suite follows a paper that shares them and says so."""
@@ -124,11 +125,19 @@ class Suite(ABC):
             PerennialError: unknown task or variant, or the simulator is not installed.
         """
 
-    def check(self, task: str) -> None:
+    def check(self, task: str, variant: str = "id") -> None:
         """See that the environment of `task` can be built, as far as that is known without a simulator.
 
         Raises:
             PerennialError: it cannot.
+        """
+        return
+
+    def require_simulator(self) -> None:
+        """See that the simulator is here with what it needs, without importing it; asked before a run begins.
+
+        Raises:
+            PerennialError: it is not; says how to get it.
         """
         return
 
@@ -143,6 +152,16 @@ class Suite(ABC):
     def doctor(self) -> list[Any]:
         """Checks of this suite's simulator for `perennial doctor`."""
         return []
+
+
+def require_module(module: str, what: str, extra: str) -> None:
+    """See that the simulator `what`, a module that comes with `extra`, can be found; it is not imported.
+
+    Raises:
+        PerennialError: it cannot.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise PerennialError(f"{what} is not installed; run {how_to_install(extra)}.")
 
 
 def require_known(suite: Suite, called: str, tasks: Iterable[str] = (), variants: Iterable[str] = ()) -> None:

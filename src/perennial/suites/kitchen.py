@@ -37,6 +37,10 @@ class Kitchen(base.Suite):
         base.require_known(self, self.name, [task], [variant])
         return KitchenEnvironment(self.tasks[task], variant, image_size)
 
+    def require_simulator(self) -> None:
+        """See `Suite.require_simulator`."""
+        base.require_module("gymnasium_robotics", "Franka Kitchen", "kitchen")
+
     def expert(self, task: str) -> base.Expert:
         """The scripted expert of `task`."""
         base.require_known(self, self.name, [task])

@@ -21,10 +21,10 @@ import gymnasium
 import numpy as np
 from packaging.version import Version
 
-from perennial.errors import PerennialError, unknown
+from perennial.errors import PerennialError, how_to_install, not_installed, unknown
 from perennial.suites import base
 from perennial.suites._libero import expert as libero_expert
-from perennial.suites._libero.install import LAST_MUJOCO, ROBOSUITE, assets, how_to_get, prepare
+from perennial.suites._libero.install import LAST_MUJOCO, ROBOSUITE, assets, prepare
 from perennial.suites._libero.tasks import HORIZONS, SEQUENCES, tasks
 from perennial.suites._libero.variants import PERTURBED, shift
 
@@ -77,6 +77,14 @@ class Libero(base.Suite):
         shift(task, variant)
         return LiberoEnvironment(self.tasks[task], variant, image_size, self.protocol)
 
+    def check(self, task: str, variant: str = "id") -> None:
+        """The variant is one of this task's; see `Suite.check`."""
+        shift(task, variant)
+
+    def require_simulator(self) -> None:
+        """LIBERO and its assets are here; see `Suite.require_simulator`."""
+        assets()
+
     def states(self, task: str, split: base.Split, variant: str = "id") -> int | None:
         """As many as are stored, unless the variant rewrites the problem file; see `Suite.states`."""
         stored = self.protocol.stored.get(split)
@@ -99,9 +107,10 @@ def _installation() -> Any:
 
     version, robosuite, mujoco = map(installed_version, ("hf-libero", "robosuite", "mujoco"))
     if version is None:
-        return Check("LIBERO", "warning", "not installed", how_to_get())
+        return Check("LIBERO", "warning", "not installed", how_to_install("libero"))
     if robosuite != ROBOSUITE:
-        return Check("LIBERO", "problem", f"{version} with robosuite {robosuite} instead of {ROBOSUITE}", how_to_get())
+        finding = f"{version} with robosuite {robosuite} instead of {ROBOSUITE}"
+        return Check("LIBERO", "problem", finding, how_to_install("libero"))
     if mujoco and Version(mujoco) > Version(LAST_MUJOCO):
         finding = f"{version} with MuJoCo {mujoco}, which draws it darker than {LAST_MUJOCO} and lowers success rates"
         return Check("LIBERO", "problem", finding, "In a fresh environment: pip install 'mujoco==3.3.0'")
@@ -118,7 +127,7 @@ def _simulator() -> Any:
         prepare()
         from perennial.suites._libero import simulation as libero_simulation
     except ImportError as error:
-        raise PerennialError(f"LIBERO cannot be imported ({error}); {how_to_get()}.") from error
+        raise not_installed("LIBERO", "libero", error) from error
     return libero_simulation
 
 

@@ -41,6 +41,10 @@ class ManiSkill(base.Suite):
         space = gymnasium.spaces.Box(-1, 1, (7,), np.float32)
         return ManiSkillEnvironment(self.tasks[task], simulator().table_top(task), space, image_size)
 
+    def require_simulator(self) -> None:
+        """See `Suite.require_simulator`."""
+        base.require_module("mani_skill", "ManiSkill", "maniskill")
+
     def expert(self, task: str) -> base.Expert | None:
         """A scripted expert for the tasks with cubes."""
         base.require_known(self, self.name, [task])

@@ -68,13 +68,17 @@ class ManiSkillStudy(base.Suite):
             self.tasks[task], simulator().put_on_plate(_THINGS[task], variant), space, image_size
         )
 
-    def check(self, task: str) -> None:
+    def check(self, task: str, variant: str = "id") -> None:
         """The robot, the models and the photographs are here."""
         on_plate.require(_THINGS[task])
 
     def states(self, task: str, split: base.Split, variant: str = "id") -> int:
         """Combinations of photograph, places and turn that no other split has."""
         return on_plate.states(variant)
+
+    def require_simulator(self) -> None:
+        """See `Suite.require_simulator`."""
+        base.require_module("mani_skill", "ManiSkill", "maniskill")
 
     def expert(self, task: str) -> base.Expert:
         """One scripted expert for all."""

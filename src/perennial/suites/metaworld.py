@@ -40,6 +40,10 @@ class MetaWorld(base.Suite):
         base.require_known(self, self.name, [task], [variant])
         return MetaWorldEnvironment(self.tasks[task], variant, image_size)
 
+    def require_simulator(self) -> None:
+        """See `Suite.require_simulator`."""
+        base.require_module("metaworld", "Meta-World", "metaworld")
+
     def expert(self, task: str) -> base.Expert:
         """The scripted expert of `task` that comes with Meta-World."""
         base.require_known(self, self.name, [task])

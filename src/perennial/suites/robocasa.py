@@ -10,7 +10,10 @@ objects for pre-training, "target" from those that it keeps for evaluation. Robo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium
@@ -61,6 +64,9 @@ ACTION = {
     "action.control_mode": 1,
 }
 """Parts of an action and their lengths, in RoboCasa's order."""
+_DOWNLOADED = ("textures", "generative_textures", "fixtures/windows", "objects/objaverse", "objects/lightwheel")
+"""Folders of assets that do not come with RoboCasa's repository; of missing objects it draws others without a word."""
+_OWN_ENVIRONMENT = "it needs an environment of its own, made by the commands in docs/suites.md"
 
 
 def _task(name: str, told: str, horizon: int) -> base.Task:
@@ -84,21 +90,31 @@ class RoboCasa(base.Suite):
     def make(self, task: str, variant: str = "id", image_size: int = 64) -> RoboCasaEnvironment:
         """Build the environment of `task`; see `Suite.make`."""
         base.require_known(self, self.name, [task], [variant])
-        kitchen = _wrapper()(
-            env_name=task, split=_KITCHENS[variant], camera_widths=image_size, camera_heights=image_size
-        )
+        wrapper = _wrapper()
+        require_assets()
+        sizes = {"camera_widths": image_size, "camera_heights": image_size}
+        with _explained():
+            kitchen = wrapper(env_name=task, split=_KITCHENS[variant], **sizes)
         return RoboCasaEnvironment(self.tasks[task], kitchen)
 
+    def require_simulator(self) -> None:
+        """RoboCasa and its assets are here; see `Suite.require_simulator`."""
+        require_assets()
+
     def doctor(self) -> list[Any]:
-        """Whether RoboCasa is here."""
+        """Whether RoboCasa, its robosuite and its assets are here."""
         from perennial.doctor import Check, installed_version
 
         version, robosuite = installed_version("robocasa"), installed_version("robosuite")
-        fix = "it needs an environment of its own, made by the commands in docs/suites.md"
         if version is None:
-            return [Check("RoboCasa", "warning", "not installed", fix)]
+            return [Check("RoboCasa", "warning", "not installed", _OWN_ENVIRONMENT)]
         if robosuite is None or Version(robosuite) < Version("1.5"):
-            return [Check("RoboCasa", "problem", f"{version} with robosuite {robosuite}, but it needs 1.5", fix)]
+            finding = f"{version} with robosuite {robosuite}, but it needs 1.5"
+            return [Check("RoboCasa", "problem", finding, _OWN_ENVIRONMENT)]
+        try:
+            require_assets()
+        except PerennialError as error:
+            return [Check("RoboCasa", "warning", f"{version} without its assets", str(error))]
         return [Check("RoboCasa", "ok", version)]
 
 
@@ -108,11 +124,47 @@ def _wrapper() -> Any:
     try:
         from robocasa.wrappers.gym_wrapper import RoboCasaGymEnv
     except ImportError as error:
-        raise PerennialError(
-            f"RoboCasa cannot be imported ({error}); it needs an environment of its own, since its robosuite is not "
-            "LIBERO's: make one by the commands in docs/suites.md."
-        ) from error
+        raise PerennialError(f"RoboCasa cannot be imported ({error}); {_OWN_ENVIRONMENT}.") from error
     return RoboCasaGymEnv
+
+
+def _assets() -> Path:
+    """The folder of RoboCasa's assets, found without importing it.
+
+    Raises:
+        PerennialError: it is not installed.
+    """
+    found = importlib.util.find_spec("robocasa")
+    if found is None or not found.submodule_search_locations:
+        raise PerennialError(f"RoboCasa is not installed; {_OWN_ENVIRONMENT}.")
+    return Path(next(iter(found.submodule_search_locations))) / "models" / "assets"
+
+
+def require_assets() -> None:
+    """See that everything that RoboCasa's download brings is here.
+
+    Raises:
+        PerennialError: a folder is missing, or RoboCasa itself.
+    """
+    for folder in (_assets() / name for name in _DOWNLOADED):
+        if not folder.is_dir():
+            raise _no_kitchen(f"there is no {folder}")
+
+
+def _no_kitchen(reason: object) -> PerennialError:
+    return PerennialError(
+        f"RoboCasa cannot build a kitchen ({reason}); fetch its assets, about 10 GB, by `python -m "
+        "robocasa.scripts.download_kitchen_assets` in RoboCasa's environment."
+    )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """RoboCasa's own errors about files become a sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise _no_kitchen(error) from error
 
 
 class RoboCasaEnvironment(base.Environment):
@@ -139,10 +191,13 @@ class RoboCasaEnvironment(base.Environment):
         """Begin an episode; see `suites.base.Environment`.
 
         Raises:
-            PerennialError: unknown split, or RoboCasa tells the robot something else than this suite does.
+            PerennialError: unknown split, a file is missing, or RoboCasa tells the robot something else than this
+                suite does.
         """
         super().reset(seed=seed)
-        self._observed, _ = self._kitchen.reset(seed=base.state_number(*base.initial_state(seed, options)))
+        number = base.state_number(*base.initial_state(seed, options))
+        with _explained():
+            self._observed, _ = self._kitchen.reset(seed=number)
         told = self._observed["annotation.human.task_description"]
         if told != self.task.evaluation_instruction:
             raise PerennialError(

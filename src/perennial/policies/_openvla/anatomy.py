@@ -108,7 +108,8 @@ def describe(config: OpenVLAOFTConfig, prompt: int, one_by_one: bool, dtype: str
         other["action"] = config.action_bins * width + norms
     else:
         parts.append(Layer("action", width, config.action_bins, read, read, bias=False))
-    return Anatomy(tuple(parts), other, config.chunk * config.hold, dtype)
+    dims = config.state_dim or None, config.action_dim
+    return Anatomy(tuple(parts), other, config.chunk * config.hold, dtype, *dims)
 
 
 def _positions(config: OpenVLAOFTConfig) -> int:

@@ -69,7 +69,7 @@ def describe(config: PI0Config, prompt: int, dtype: str) -> Anatomy:
         "language": (config.vocab_size + 1) * language.width,
         "action": width,
     }
-    return Anatomy(parts, other, config.executed, dtype)
+    return Anatomy(parts, other, config.executed, dtype, len(config.state.mean), config.action_dim)
 
 
 def tower(config: PI0Config) -> tuple[Layer, Blocks]:

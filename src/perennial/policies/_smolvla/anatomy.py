@@ -62,4 +62,4 @@ def describe(config: SmolVLAConfig, prompt: int, dtype: str) -> Anatomy:
         "language": (config.vocab_size + 1) * wide,
         "action": width,
     }
-    return Anatomy(parts, other, config.executed, dtype)
+    return Anatomy(parts, other, config.executed, dtype, len(config.state.mean), config.action_dim)

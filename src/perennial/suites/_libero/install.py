@@ -24,19 +24,6 @@ LAST_MUJOCO = "3.3.2"
 _KINDS = ("articulated_objects", "scenes", "stable_hope_objects", "stable_scanned_objects", "turbosquid_objects")
 
 
-def how_to_get() -> str:
-    """How LIBERO is installed; not beside another robosuite, which it would replace."""
-    from perennial.doctor import installed_version
-
-    other = installed_version("robosuite")
-    if other in (None, ROBOSUITE):
-        return f"run {how_to_install('libero')}"
-    return (
-        "it needs an environment of its own, made by the commands in docs/suites.md, because robosuite "
-        f"{other} is here for another suite and LIBERO needs {ROBOSUITE}"
-    )
-
-
 def package() -> Path:
     """The folder of LIBERO's files, found without importing it.
 
@@ -45,7 +32,7 @@ def package() -> Path:
     """
     found = importlib.util.find_spec("libero")
     if found is None or not found.submodule_search_locations:
-        raise PerennialError(f"LIBERO is not installed; {how_to_get()}.")
+        raise PerennialError(f"LIBERO is not installed; run {how_to_install('libero')}.")
     return Path(next(iter(found.submodule_search_locations))) / "libero"
 
 
