@@ -240,7 +240,7 @@ def _owner(task: str) -> str | None:
 
 def _check_lengths(config: Config, suite: Suite) -> None:
     """The checkpoint reads and gives as many numbers as the suite has, as far as its config tells."""
-    policy, checkpoint = discovery.find("policies", config.policy.name, Policy), config.policy.checkpoint
+    policy, checkpoint = config.policy.find(), config.policy.checkpoint
     sentence = suite.tasks[config.tasks.trained[0]].evaluation_instruction
     try:
         anatomy = policy.anatomy(checkpoint_folder(checkpoint), sentence)
