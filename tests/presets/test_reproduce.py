@@ -15,6 +15,7 @@ import pytest
 from perennial import cli, config, discovery, overrides
 from perennial.commands import Evaluate
 from perennial.suites.base import Suite
+from presets.test_simple_recipe import OPTIMIZER
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "REPRODUCE.md").read_text(encoding="utf-8")
@@ -28,15 +29,6 @@ ON_GPU = {"policy.device": "cuda", "policy.dtype": "bfloat16", "workers.backend"
 
 # Simple Recipe.
 
-OPTIMIZER = {
-    "learning_rate": 2e-5,
-    "betas": (0.9, 0.999),
-    "eps": 1e-5,
-    "weight_decay": 0.01,
-    "warmup_steps": 0,
-    "decay_steps": 0,
-    "max_grad_norm": 1.0,
-}
 SIMPLE = ON_GPU | {
     "policy.name": "openvla_oft",
     "policy.adapter.rank": 32,

@@ -6,6 +6,7 @@ import pytest
 
 from perennial import config
 from perennial.errors import PerennialError
+from presets.test_simple_recipe import OPTIMIZER
 
 TAUGHT = ("put carrot on plate", "put bread on plate", "put ketchup bottle on plate", "put fast food cup on plate")
 HELD_OUT = ("put watering can on plate", "put pipe on plate", "put toy bear on plate", "put hamburger on plate")
@@ -20,17 +21,6 @@ RECIPE = {
     "clip_low": 0.2,
     "clip_high": 0.28,
     "epochs": 1,
-}
-OPTIMIZER = {
-    "learning_rate": 2e-5,
-    "betas": (0.9, 0.999),
-    "eps": 1e-5,
-    "weight_decay": 0.01,
-    "warmup_steps": 0,
-    "decay_steps": 0,
-    "final_learning_rate": 0.0,
-    "max_grad_norm": 1.0,
-    "micro_batch": None,
 }
 
 
