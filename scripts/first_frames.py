@@ -1,7 +1,9 @@
-"""Draws first evaluation frames of tasks side by side, one camera below the other, as policies see them.
+r"""Draws first evaluation frames of tasks side by side, one camera below the other, as policies see them.
 
     python scripts/first_frames.py libero_wrist docs/libero.png spatial-0 object-0 goal-0 long-4 90-75
-    python scripts/first_frames.py libero_study docs/shifted.png spatial-0 spatial-0:camera spatial-0:light
+    python scripts/first_frames.py libero_study docs/libero-shifted.png spatial-0 spatial-0:camera spatial-0:cam2 \
+        spatial-0:light spatial-0:robot
+    python scripts/first_frames.py libero_retain docs/libero-retain.png long-4 long-4:medium long-4:hard-0 long-4:hard-1
 
 A task may be followed by a colon and a variant.
 """

@@ -179,7 +179,8 @@ def validate(config: Config) -> Config:
     """
     validate_settings(config)
     suite = discovery.find("suites", config.suite, Suite)()
-    played = {variant: config.tasks.trained for strategy in config.strategies for variant in strategy.variants()}
+    played = {"id": config.tasks.trained}
+    played |= {variant: config.tasks.trained for strategy in config.strategies for variant in strategy.variants()}
     played |= {variant: config.tasks_in(variant) for variant in config.evaluation.variants}
     for variant, tasks in played.items():
         for task in tasks:

@@ -182,7 +182,7 @@ def tasks_of(demonstrations: list[Demonstration]) -> list[str]:
     return sorted({d.task for d in demonstrations})
 
 
-def fresh_policy(name: str, suite: Suite, demonstrations: list[Demonstration], seed: int, width: float = 1.0) -> Policy:
+def fresh_policy(name: str, suite: Suite, demonstrations: list[Demonstration], seed: int, width: float) -> Policy:
     """A small policy with random weights that speaks the suite's language and the data's units."""
     sentences = [i for task in suite.tasks.values() for i in (*task.instructions, task.evaluation_instruction)]
     actions = np.concatenate([d.actions for d in demonstrations])

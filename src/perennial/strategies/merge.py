@@ -115,6 +115,11 @@ class Merge(Strategy):
         self.weights = unprefixed("weights", state, policy.device)
         adapters = nested(unprefixed("adapter", state), policy.device)
         self.adapters = [adapters[number] for number in sorted(adapters)]
+        if self.weights or self.adapters:
+            self._fold_again(policy)
+
+    def _fold_again(self, policy: Policy) -> None:
+        """Make what was folded a part of the base that was just loaded; the adapter stays as it is."""
         present = learned_weights(policy)
         restore(policy, self.weights)
         for adapter in self.adapters:

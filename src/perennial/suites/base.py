@@ -6,6 +6,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import gymnasium
@@ -154,14 +155,25 @@ class Suite(ABC):
         return []
 
 
-def require_module(module: str, what: str, extra: str) -> None:
-    """See that the simulator `what`, a module that comes with `extra`, can be found; it is not imported.
+def package_folder(package: str, what: str, how: str) -> Path:
+    """The folder of the simulator `what`, found without importing it.
+
+    Raises:
+        PerennialError: it is not installed; says `how` to get it.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise PerennialError(f"{what} is not installed; {how}.")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def require_package(package: str, what: str, extra: str) -> None:
+    """See that the simulator `what`, a package that comes with `extra`, can be found; it is not imported.
 
     Raises:
         PerennialError: it cannot.
     """
-    if importlib.util.find_spec(module) is None:
-        raise PerennialError(f"{what} is not installed; run {how_to_install(extra)}.")
+    package_folder(package, what, f"run {how_to_install(extra)}")
 
 
 def require_known(suite: Suite, called: str, tasks: Iterable[str] = (), variants: Iterable[str] = ()) -> None:

@@ -39,7 +39,7 @@ class Kitchen(base.Suite):
 
     def require_simulator(self) -> None:
         """See `Suite.require_simulator`."""
-        base.require_module("gymnasium_robotics", "Franka Kitchen", "kitchen")
+        base.require_package("gymnasium_robotics", "Franka Kitchen", "kitchen")
 
     def expert(self, task: str) -> base.Expert:
         """The scripted expert of `task`."""

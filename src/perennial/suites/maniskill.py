@@ -43,7 +43,7 @@ class ManiSkill(base.Suite):
 
     def require_simulator(self) -> None:
         """See `Suite.require_simulator`."""
-        base.require_module("mani_skill", "ManiSkill", "maniskill")
+        base.require_package("mani_skill", "ManiSkill", "maniskill")
 
     def expert(self, task: str) -> base.Expert | None:
         """A scripted expert for the tasks with cubes."""

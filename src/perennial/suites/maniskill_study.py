@@ -78,7 +78,7 @@ class ManiSkillStudy(base.Suite):
 
     def require_simulator(self) -> None:
         """See `Suite.require_simulator`."""
-        base.require_module("mani_skill", "ManiSkill", "maniskill")
+        base.require_package("mani_skill", "ManiSkill", "maniskill")
 
     def expert(self, task: str) -> base.Expert:
         """One scripted expert for all."""

@@ -42,7 +42,7 @@ class MetaWorld(base.Suite):
 
     def require_simulator(self) -> None:
         """See `Suite.require_simulator`."""
-        base.require_module("metaworld", "Meta-World", "metaworld")
+        base.require_package("metaworld", "Meta-World", "metaworld")
 
     def expert(self, task: str) -> base.Expert:
         """The scripted expert of `task` that comes with Meta-World."""

@@ -10,7 +10,6 @@ objects for pre-training, "target" from those that it keeps for evaluation. Robo
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -129,15 +128,8 @@ def _wrapper() -> Any:
 
 
 def _assets() -> Path:
-    """The folder of RoboCasa's assets, found without importing it.
-
-    Raises:
-        PerennialError: it is not installed.
-    """
-    found = importlib.util.find_spec("robocasa")
-    if found is None or not found.submodule_search_locations:
-        raise PerennialError(f"RoboCasa is not installed; {_OWN_ENVIRONMENT}.")
-    return Path(next(iter(found.submodule_search_locations))) / "models" / "assets"
+    """The folder of RoboCasa's assets, found without importing it; see `base.package_folder`."""
+    return base.package_folder("robocasa", "RoboCasa", _OWN_ENVIRONMENT) / "models" / "assets"
 
 
 def require_assets() -> None:

@@ -84,8 +84,7 @@ class FlowPolicy(Policy):
 
         tokenizer = _tokenizer.train_tokenizer(sentences)
         tokenizer.normalizer = Lowercase()
-        config = cls._small(tokenizer, _moments(states), _moments(actions))
-        return cls.create(widened(config, width), tokenizer, seed)
+        return cls.create(widened(cls._small(tokenizer, _moments(states), _moments(actions)), width), tokenizer, seed)
 
     @property
     def imitated_steps(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
@@ -12,6 +11,7 @@ from typing import Any
 from perennial.errors import PerennialError, how_to_install
 from perennial.storage.atomic import write_text
 from perennial.suites._mujoco import choose_gl
+from perennial.suites.base import package_folder
 
 ASSETS = "PERENNIAL_LIBERO_ASSETS"
 """Environment variable that names the folder with LIBERO's meshes, textures and scenes."""
@@ -30,10 +30,7 @@ def package() -> Path:
     Raises:
         PerennialError: it is not installed.
     """
-    found = importlib.util.find_spec("libero")
-    if found is None or not found.submodule_search_locations:
-        raise PerennialError(f"LIBERO is not installed; run {how_to_install('libero')}.")
-    return Path(next(iter(found.submodule_search_locations))) / "libero"
+    return package_folder("libero", "LIBERO", f"run {how_to_install('libero')}") / "libero"
 
 
 def assets() -> Path:
