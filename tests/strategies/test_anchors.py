@@ -60,6 +60,19 @@ def test_kl_is_the_forward_divergence_from_the_teacher(adapter):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_policy_that_is_its_own_teacher_is_not_pushed(adapter, seed):
+    """Adam divides by the size of a gradient, so that rounding noise would move the policy as much as a signal."""
+    learner, kl, rows = policy(adapter), KLAnchor(coefficient=0.7), batch(6)
+    shake(learner, seed)
+    kl.before_task(TASKS["left"], learner)
+    loss = kl.batch_loss(learner.outputs(rows), rows)
+    assert float(loss.detach()) == 0
+    pulls = torch.autograd.grad(loss, learner.trainable().values(), allow_unused=True)
+    assert all(pull is None or not pull.any() for pull in pulls)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
 def test_the_teacher_disturbs_neither_weights_nor_graphs(adapter):
     learner, kl, rows = policy(adapter), KLAnchor(coefficient=0.7), batch(6)
     learner.add_value_head(0)

@@ -61,7 +61,9 @@ class KLAnchor(Strategy):
             teacher = (policy.logits(part) / part.temperature).log_softmax(-1)
         student = (outputs.logits / part.temperature).log_softmax(-1)
         mask = torch.from_numpy(part.mask).to(student.device)
-        divergence = (teacher.exp() * (teacher - student)).sum(-1)
+        # The last two terms add up to 0, and so do their gradients; they make the gradient exactly 0 at the teacher,
+        # where Adam would make steps of rounding noise.
+        divergence = (teacher.exp() * (teacher - student) + student.exp() - teacher.exp()).sum(-1)
         return self.coefficient * (divergence * mask).sum() / max(1, int(whole.mask.sum()))
 
     def state_dict(self) -> dict[str, Tensor]:
