@@ -105,6 +105,10 @@ def test_a_sound_configuration_comes_back_as_it_is(config):
             r"'retain' makes, as in a parallel chain it merges all .* again .*; leave out --gate\.max_forgetting or 'r",
         ),
         (
+            {"gate.max_forgetting": "3", "strategies": "ewc", "strategies.ewc.variant": "ut2026"},
+            r"'ewc' makes, as with ut2026 its Fisher is that of the training",
+        ),
+        (
             {"strategies": "ewc", "strategies.ewc.pretraining": "nowhere"},
             r"no demonstration in 'nowhere'.*ewc\.pre",
         ),

@@ -13,7 +13,8 @@ from perennial import experiment
 from perennial.errors import PerennialError
 from perennial.evaluation.standalone import of_run
 from perennial.merging.checkpoints import merge_checkpoints
-from perennial.reports import page, summary
+from perennial.reports import merging, page, summary
+from perennial.reports.record import read
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies.retain import Retain
 from perennial.testing.toy import ToyPolicy
@@ -48,11 +49,6 @@ def test_every_task_is_merged_by_the_best_of_what_was_tried(run):
         rates = {trial["alpha"]["action"]: trial["successes"] / trial["episodes"] for trial in row["tried"]}
         assert list(rates) == [0.0, 0.5, 1.0]
         assert row["alpha"]["action"] == min(alpha for alpha in rates if rates[alpha] == max(rates.values()))
-    alphas = [row["alpha"]["language"] for row in rows]
-    left = (1 - alphas[0]) * (1 - alphas[1])
-    assert rows[1]["shares"]["language"] == pytest.approx(
-        {"base": left, "left": alphas[0] * (1 - alphas[1]), "right": alphas[1]}
-    )
 
 
 @pytest.mark.parametrize("after", [1, 5])
@@ -104,6 +100,16 @@ def test_the_report_shows_coefficients_shares_and_the_search(run, capsys):
     summary.print_summary(run, Console(width=200))
     tried = sum(trial["episodes"] for trial in told[1]["tried"])
     assert f"Merged right with alpha {best:g}, the best of 3 candidates in {tried} episodes." in capsys.readouterr().out
+
+
+def test_shares_are_of_what_the_gate_carried_on(base, tmp_path):
+    """Of an update merged with 0.5 and carried on by half, a quarter is in the weights; nothing of one rolled back."""
+    told = read(experiment.start(toy_config(base, strategies=(Retain(alpha=(0.5,)),)), "toy", tmp_path / "run"))
+    free = [dict(merge["shares"]) for merge in merging.merges(told)]
+    assert free == [{"base": "50", "left": "50"}, {"base": "25", "left": "25", "right": "50"}]
+    gates = [{"task_index": 1, "kept": 0.5}, {"task_index": 2, "kept": 0.0}]
+    gated = [dict(merge["shares"]) for merge in merging.merges(replace(told, gates=gates))]
+    assert gated == [{"base": "75", "left": "25"}, {"base": "75", "left": "25", "right": "0"}]
 
 
 def test_a_run_without_merging_has_no_such_section(base, tmp_path):

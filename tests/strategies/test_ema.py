@@ -25,6 +25,22 @@ def test_the_task_ends_with_the_moving_average_of_its_weights(adapter):
         torch.testing.assert_close(parameter.detach().double(), expected[name], atol=1e-6, rtol=1e-5)
 
 
+def test_the_average_of_bfloat16_weights_follows_steps_that_bfloat16_would_round_away():
+    learner, strategy = policy(), EMA(decay=0.99)
+    learner.model.to(torch.bfloat16)
+    strategy.before_task(TASKS["left"], learner)
+    strategy.average = {name: torch.ones_like(value) for name, value in strategy.average.items()}
+    for parameter in learner.trainable().values():
+        parameter.data.fill_(1.0625)
+    for _ in range(100):
+        strategy.after_step(learner)
+    expected = 1.0625 - 0.0625 * 0.99**100
+    for value in strategy.average.values():
+        torch.testing.assert_close(value, torch.full_like(value, expected), atol=1e-5, rtol=0)
+    strategy.after_task(TASKS["left"], learner, no_episodes)
+    assert {p.dtype for p in learner.trainable().values()} == {torch.bfloat16}
+
+
 def test_merging_after_averaging_merges_the_average():
     learner, averaged = policy(), policy()
     start = {name: p.detach().clone() for name, p in learner.trainable().items()}

@@ -1,4 +1,5 @@
 import itertools
+import random
 import sys
 import types
 from dataclasses import replace
@@ -15,6 +16,7 @@ from perennial.errors import PerennialError
 from perennial.learning.grpo import GRPO
 from perennial.reports.record import read
 from perennial.rollout.workers import WorkerConfig
+from perennial.suites._mujoco import choose_gl
 from perennial.suites.base import Suite
 from perennial.testing import hub
 from perennial.testing.suite_conformance import CHECKS, IN_ANOTHER_PROCESS
@@ -50,11 +52,80 @@ class Changed(hub.Lift):
 
 
 @pytest.mark.parametrize("task", ["lift-0", "lift-1"])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_conformance(check, task):
+    check(suite(), task)
+
+
+class FromAnywhere(hub.Lift):
+    """Begins and moves by the global generators, and pays no heed to its seed."""
+
+    def reset(self, **settings):
+        super().reset(seed=1)
+        self._state[:3] += (np.random.uniform(-0.3, 0.3), random.uniform(-0.3, 0.3), np.random.uniform(-0.3, 0))
+        return self._observation(), {}
+
+    def step(self, action):
+        return super().step(action * np.random.uniform(0.5, 1))
+
+
 @pytest.mark.parametrize(
     "check", [check for check in CHECKS if check not in IN_ANOTHER_PROCESS], ids=lambda check: check.__name__
 )
-def test_conformance(check, task):
-    check(suite(), task)
+def test_an_environment_that_draws_from_global_generators_conforms_too(made, check):
+    check(made(lambda n_envs, use_async_envs: FromAnywhere("low")), "hub-0")
+
+
+def test_global_generators_go_on_for_others_as_if_there_were_no_environment(made):
+    random.seed(5)
+    np.random.seed(5)
+    expected = random.random(), *np.random.uniform(size=2)
+    random.seed(5)
+    np.random.seed(5)
+    environment = made(lambda n_envs, use_async_envs: FromAnywhere("low")).make("hub-0")
+    environment.reset()
+    drawn = random.random(), np.random.uniform()
+    environment.step(np.ones(4))
+    assert (*drawn, np.random.uniform()) == expected
+
+
+class Drawn(gymnasium.Wrapper):
+    """One of gymnasium's own MuJoCo environments, whose renderer draws in whatever OpenGL context its thread has."""
+
+    task_description = "reach"
+    _max_episode_steps = 10
+
+    def __init__(self, name):
+        super().__init__(gymnasium.make(name, render_mode="rgb_array", width=48, height=48))
+        picture = spaces.Box(0, 255, (48, 48, 3), np.uint8)
+        self.observation_space = spaces.Dict({"pixels": picture, "agent_pos": self.env.observation_space})
+
+    def reset(self, **settings):
+        state, _ = self.env.reset(**settings)
+        return {"pixels": self.render(), "agent_pos": state}, {}
+
+    def step(self, action):
+        state, *others = self.env.step(action)
+        return {"pixels": self.render(), "agent_pos": state}, *others
+
+
+def test_pictures_are_of_their_own_environment_while_others_are_made_drawn_and_closed(made):
+    choose_gl()
+    reacher, pusher = (
+        made(lambda n_envs, use_async_envs, name=name: Drawn(name)) for name in ("Reacher-v5", "Pusher-v5")
+    )
+    first = reacher.make("hub-0", image_size=48)
+    first.reset(seed=0)
+    alone = first.render()
+    assert alone.std() > 10, "something is drawn"
+    second = pusher.make("hub-0", image_size=48)
+    second.reset(seed=0)
+    assert (second.render() != alone).mean() > 0.1
+    for _ in range(2):
+        first.reset(seed=0)
+        np.testing.assert_array_equal(first.render(), alone)
+        second.close()
+    first.close()
 
 
 def test_tasks_are_those_of_the_environments():

@@ -8,32 +8,49 @@ from typing import Any
 from markupsafe import Markup
 
 from perennial.evaluation.statistics import wilson
+from perennial.policies._groups import GROUPS
 from perennial.reports import plots, words
 from perennial.reports.record import Record
 from perennial.reports.summary import percent
+from perennial.strategies.retain import shares
 
 
 def merges(record: Record) -> list[dict[str, Any]]:
     """One entry a task: `task`, `alpha` in words, `shares` of base and tasks in words, and the search, if any.
 
+    Where a gate carried on a part of what the merge changed, shares are those of that part.
+
     A search has `tried` (`alpha` in words, `estimate`, `dropped`), and `curve`, a drawing, where alpha is common to all
     groups, else "".
     """
-    rows = [row for row in record.accounts if row["strategy"] == "retain"]
+    carried = {row["task_index"]: row["kept"] for row in record.gates}
+    chain = next((strategy["chain"] for strategy in record.config["strategies"] if strategy["name"] == "retain"), "")
+    told: list[dict[str, Any]] = []
+    merged: dict[str, list[float]] = {}
+    for row in record.accounts:
+        if row["strategy"] != "retain":
+            continue
+        scale = carried.get(row["task_index"], 1.0)
+        merged[row["task"]] = [scale * row["alpha"][group] for group in GROUPS]
+        told.append(
+            {
+                "task": row["task"],
+                "alpha": words.coefficients(row["alpha"]),
+                "shares": _shares(shares(merged, chain)),
+                "tried": [_tried(trial) for trial in row["tried"]],
+                "curve": _curve(f"alpha{row['task_index']}", row["task"], row["tried"]),
+            }
+        )
+    return told
+
+
+def _shares(by_group: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+    """Base and tasks, each with its share in percent."""
+    names = next(iter(by_group.values()))
     return [
-        {
-            "task": row["task"],
-            "alpha": words.coefficients(row["alpha"]),
-            "shares": [(name, _share(row["shares"], name)) for name in row["shares"]["language"]],
-            "tried": [_tried(trial) for trial in row["tried"]],
-            "curve": _curve(f"alpha{row['task_index']}", row["task"], row["tried"]),
-        }
-        for row in rows
+        (name, words.coefficients({group: round(100 * of[name], 1) for group, of in by_group.items()}))
+        for name in names
     ]
-
-
-def _share(shares: Mapping[str, Mapping[str, float]], name: str) -> str:
-    return words.coefficients({group: round(100 * of_group[name], 1) for group, of_group in shares.items()})
 
 
 def _tried(trial: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from perennial.suites.base import Task
 class EMA(Strategy):
     """average <- decay * average + (1 - decay) * theta after every optimiser step; it replaces theta after the task.
 
-    The average begins with the weights that the task starts from. With an adapter its factors are averaged, which
+    The average begins with the weights that the task starts from, in float32: in bfloat16 the steps of a decay near 1
+    round to nothing. With an adapter its factors are averaged, which
     stay close to each other within a task. The code of RETAIN (arXiv 2512.08333) trains with 0.99 and merges the
     average, as `ema,merge` does.
 
@@ -43,13 +44,13 @@ class EMA(Strategy):
 
     def before_task(self, task: Task, policy: Policy) -> None:
         """Begin with the weights that the task starts from."""
-        self.average = snapshot(policy)
+        self.average = {name: weights.float() for name, weights in snapshot(policy).items()}
 
     @torch.no_grad()
     def after_step(self, policy: Policy) -> None:
         """Average in the new weights; those that a stage freezes stay as they are."""
         for name, parameter in policy.trainable().items():
-            self.average[name].lerp_(parameter, 1 - self.decay)
+            self.average[name].lerp_(parameter.float(), 1 - self.decay)
 
     def after_task(self, task: Task, policy: Policy, collect: Collect) -> None:
         """Go on from the average."""

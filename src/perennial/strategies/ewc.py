@@ -37,10 +37,10 @@ class EWC(Strategy):
     `variant="ut2026"` is what the code of arXiv 2603.11653 does: the penalty has no 1/2 and every micro-batch carries
     its share of it; F is not decayed; F_task is taken from the gradients of the training itself (objective, penalty
     and replay, while the weights move): after every backward pass the running sum of the step's gradients so far is
-    squared and added, the total is divided by the number of optimiser steps and clamped to 1e4. `episodes`, `samples`,
-    `decay` and `normalise` have no effect. It differs from that code in three ways: all of a task's updates count, not
-    only its last epoch, because a strategy is not told which epoch is the last; a penalty of NaN ends the run instead
-    of becoming 0; and parameters are never skipped.
+    squared and added, the total is divided by the number of optimiser steps and clamped to 1e4. `episodes`, `decay`,
+    `normalise` and, without `pretraining`, `samples` have no effect. It differs from that code in three ways: all of a
+    task's updates count, not only its last epoch, because a strategy is not told which epoch is the last; a penalty of
+    NaN ends the run instead of becoming 0; and parameters are never skipped.
 
     Attributes:
         coefficient: lambda, at least 0; none is 0.05, which suits the small policy, and for `ut2026` that code's 1e6.
@@ -63,6 +63,11 @@ class EWC(Strategy):
     fisher: Tensors = field(init=False, repr=False, default_factory=dict)
     anchor: Tensors = field(init=False, repr=False, default_factory=dict)
     squares: RunningSquares = field(init=False, repr=False, compare=False, default_factory=RunningSquares)
+
+    def ungated(self) -> str | None:
+        """With `ut2026` the Fisher is there before the gate judges."""
+        trained = "with ut2026 its Fisher is that of the training, also of updates that the gate turns down"
+        return trained if self.variant == "ut2026" else super().ungated()
 
     def requires(self) -> frozenset[str]:
         """Log-probabilities, for the Fisher information of the textbook and of the base."""

@@ -119,12 +119,11 @@ class Retain(Strategy):
         self.chosen[task.name] = candidates[best]
         self.told = {
             "alpha": dict(zip(GROUPS, candidates[best], strict=True)),
-            "shares": shares(self.chosen, self.chain),
             "tried": [_told(coefficients, runner) for coefficients, runner in zip(candidates, tried, strict=False)],
         }
 
     def account(self) -> Mapping[str, Any]:
-        """The last `alpha` by group, the `shares` of base and tasks in the weights, and what was `tried`."""
+        """The last `alpha` by group, and what was `tried`; `shares` tells what several in a row make of the weights."""
         return self.told
 
     def state_dict(self) -> dict[str, Tensor]:

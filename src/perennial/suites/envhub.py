@@ -7,8 +7,9 @@ Nothing is downloaded unless the function does it.
 
 An environment must offer what LeRobot's evaluation asks of it: observations with "pixels" (a picture or several by
 camera) and "agent_pos"; `task_description`; `_max_episode_steps`; and `is_success` in its info. Its sentence is that of
-evaluation; training says please. Initial state n of a split is what `reset(seed=...)` makes of a number that no other
-has, so an environment that ignores its seed is no suite; `perennial.testing.suite_conformance` tells.
+evaluation; training says please. Initial state n of a split is what `reset(seed=...)`, and NumPy's and Python's global
+generators with the same seed, make of a number that no other has. An environment that draws from elsewhere is no suite;
+`perennial.testing.suite_conformance` tells.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
+from perennial import discovery
 from perennial.errors import PerennialError, unknown
 from perennial.suites import base
+from perennial.suites._apart import Apart
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class EnvHub(base.Suite):
 
     name: ClassVar[str] = "envhub"
     argument: ClassVar[str] = ""
+
+    def __reduce__(self) -> tuple[Callable[[str], EnvHub], tuple[str]]:
+        """For other processes: the class that has the argument is in no module, so it is made again from the name."""
+        return _named, (self.argument,)
 
     @property
     def tasks(self) -> Mapping[str, base.Task]:  # type: ignore[override]
@@ -74,21 +81,39 @@ class EnvHub(base.Suite):
             raise unknown(f"task of {self.argument}", task, self.tasks)
         if variant not in self.variants:
             raise unknown("variant", variant, self.variants)
-        wanted = None
-        for name, vector in _built(self.argument):
-            if name == task:
-                wanted = vector
-            else:
-                vector.close()
-        if wanted is None:
-            raise PerennialError(
-                f"{self.argument} has returned {task!r} only once; it must always make the same tasks."
-            )
-        return HubEnvironment(self.tasks[task], wanted, image_size)
+        apart = Apart()
+        return HubEnvironment(self.tasks[task], apart, apart(_chosen, self.argument, task), image_size)
+
+
+def _named(argument: str) -> EnvHub:
+    """The suite `envhub:argument`."""
+    return discovery.find("suites", f"envhub:{argument}", EnvHub)()
+
+
+def _chosen(argument: str, task: str) -> Any:
+    """The `VectorEnv` of `task`; the others are closed."""
+    wanted = None
+    for name, vector in _built(argument):
+        if name == task:
+            wanted = vector
+        else:
+            vector.close()
+    if wanted is None:
+        raise PerennialError(f"{argument} has returned {task!r} only once; it must always make the same tasks.")
+    return wanted
 
 
 @functools.cache
 def _described(argument: str) -> _Description:
+    """The tasks and sizes of what the function makes, read apart from other environments."""
+    apart = Apart()
+    try:
+        return apart(_read, argument)
+    finally:
+        apart.close()
+
+
+def _read(argument: str) -> _Description:
     """The tasks and sizes of what the function makes.
 
     Raises:
@@ -176,16 +201,18 @@ class HubEnvironment(base.Environment):
     `_max_episode_steps`. Without options, `reset(seed=n)` goes to training state n.
     """
 
-    def __init__(self, task: base.Task, vector: Any, image_size: int) -> None:
+    def __init__(self, task: base.Task, apart: Apart, vector: Any, image_size: int) -> None:
         space = vector.single_action_space
         self.task = task
         self.action_space = gymnasium.spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32))
         self.observation_space = vector.single_observation_space["agent_pos"]
         self._dtype = space.dtype
+        self._apart = apart
         self._vector = vector
         self._image_size = image_size
         self._observed: Mapping[str, Any] = {}
         self._steps = 0
+        self._closed = False
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -196,7 +223,9 @@ class HubEnvironment(base.Environment):
             PerennialError: unknown split.
         """
         super().reset(seed=seed)
-        self._observed, _ = self._vector.reset(seed=base.state_number(*base.initial_state(seed, options)))
+        number = base.state_number(*base.initial_state(seed, options))
+        self._apart.seed(number)
+        self._observed, _ = self._apart(self._vector.reset, seed=number)
         self._steps = 0
         return self._state(), {"is_success": False}
 
@@ -209,7 +238,7 @@ class HubEnvironment(base.Environment):
         base.require_finite(action)
         space: Any = self.action_space
         clipped = np.clip(action, space.low, space.high).astype(self._dtype)
-        self._observed, _, terminated, truncated, info = self._vector.step(clipped[None])
+        self._observed, _, terminated, truncated, info = self._apart(self._vector.step, clipped[None])
         self._steps += 1
         told = _success(info)
         ended = bool(terminated[0] or truncated[0]) or self._steps >= self.task.horizon
@@ -238,7 +267,10 @@ class HubEnvironment(base.Environment):
 
     def close(self) -> None:
         """Close the environment; it may be closed already."""
-        self._vector.close()
+        if not self._closed:
+            self._closed = True
+            self._apart(self._vector.close)
+            self._apart.close()
 
 
 def _success(info: Mapping[str, Any]) -> bool | None:
