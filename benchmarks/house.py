@@ -31,7 +31,6 @@ def measure(config: Config, repeats: int) -> Result:
         "cli_help_seconds": _wall([sys.executable, "-m", "perennial", "--help"], repeats),
         "python_start_seconds": _wall([sys.executable, "-c", "pass"], repeats),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "peak_worker_memory_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024,
     }
 
 

@@ -34,14 +34,14 @@ WORDS = {
     "cli_help_seconds": "`perennial --help`, seconds",
     "python_start_seconds": "an empty Python process, seconds",
     "peak_memory_mb": "peak memory of the learner, MB",
-    "peak_worker_memory_mb": "peak memory of the largest worker, MB",
 }
 STRATEGIES = """## Strategies
 
 Measured by `python benchmarks/strategies.py` at the default configuration: by how much a strategy lengthens a gradient
 step, in **processor time**, because other work shared the machine. What replays is compared with a plain step on as
-many samples in the same micro-batches, so that replayed samples may cost what samples of the update cost. Figures are
-medians of {steps} pairs of steps that followed each other; differences of one or two percent are noise."""
+many samples in the same micro-batches: every replayed sample costs what a sample of the update costs, and the table
+says what comes on top. Figures are medians of {steps} pairs of steps that followed each other; differences of one or
+two percent are noise."""
 GUARDS = {"ewc": "EWC", "replay": "experience replay", "dark_replay": "dark experience replay"}
 SUITES = """## Suites
 
@@ -102,13 +102,17 @@ def _strategies(found: Mapping[str, Any]) -> list[str]:
     return [
         STRATEGIES.format(steps=found["steps"]),
         "",
-        "| strategy | adds to a step |",
+        "| strategy | adds to a step of as many rows |",
         "|---|---|",
-        *(f"| {GUARDS[name]} | {share:+.1%} |" for name, share in found["overhead"].items()),
+        *(f"| {GUARDS[name]} | {_signed(share)} |" for name, share in found["overhead"].items()),
         "",
         f"Machine: {machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
         f"torch {machine['torch']}.",
     ]
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
 def _suites(found: Mapping[str, Any]) -> list[str]:

@@ -54,9 +54,10 @@ def split_tables(text: str) -> list[str]:
 
 
 def done(name: str) -> str:
-    """How much of the study there is."""
-    missing, runs = len(figures(name)["missing"]), len(grid(find(name)))
-    return f"{runs - missing} of {runs} runs have a result.\n"
+    """How much of the study there is, and what is missing."""
+    missing, runs = figures(name)["missing"], len(grid(find(name)))
+    named = f" Missing: {', '.join(f'`{run}`' for run in missing)}." if missing else ""
+    return f"{runs - len(missing)} of {runs} runs have a result.{named}\n"
 
 
 # The strategies, with the strengths that were tried.
@@ -266,6 +267,7 @@ def sequence_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "strategy costs": strategy_costs,
+    "strategy strengths done": lambda: done("strategy_strength"),
     "simple recipe done": lambda: done("simple_recipe"),
     "simple recipe sampled": lambda: split_tables(study.markdown(figures("simple_recipe")))[0],
     "simple recipe greedy": lambda: split_tables(study.markdown(figures("simple_recipe")))[1],

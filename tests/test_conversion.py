@@ -1,5 +1,6 @@
 """Pickled weights become safetensors; pickled code does not run."""
 
+import errno
 import json
 import os
 
@@ -85,6 +86,21 @@ def test_split_weights_get_the_names_and_the_index_of_safetensors(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text("[]")
     with pytest.raises(PerennialError, match=r"pytorch_model\.bin\.index\.json is no index"):
         convert_index(tmp_path)
+
+
+def test_an_index_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(PerennialError, match="disk is full"):
+            convert_index(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["pytorch_model.bin.index.json"]
+    found = json.loads(convert_index(tmp_path).read_text())
+    assert found == {"weight_map": {"a": "model.safetensors"}}
 
 
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):

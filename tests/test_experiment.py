@@ -304,7 +304,22 @@ def test_a_run_without_learning_signal_says_so(config, tmp_path, capsys, no_repo
     tiny = replace(config, recipe=(GRPO(iterations=1, groups=1, group_size=2),))
     run = experiment.start(tiny, "toy", tmp_path / "tiny")
     assert [row["kept"] for row in lines(run / "metrics.jsonl")] == [0, 0]
-    assert "No learning signal: the 2 episodes of left ended alike" in capsys.readouterr().out.replace("\n", " ")
+    said = capsys.readouterr().out
+    assert "No learning signal: the 2 episodes of left ended alike in every group, so nothing was learned." in said
+
+
+def test_strategies_that_acted_without_a_learning_signal_are_not_called_nothing(
+    config, tmp_path, monkeypatch, capsys, no_report
+):
+    monkeypatch.setattr(Strategies, "wants_all", lambda self: True)
+    monkeypatch.setattr(Strategies, "batch_loss", lambda self, outputs, whole: outputs.log_prob.mean())
+    tiny = replace(config, recipe=(GRPO(iterations=1, groups=1, group_size=2),), tasks=Tasks(("left",)))
+    run = experiment.start(tiny, "toy", tmp_path / "tiny")
+    (row,) = lines(run / "metrics.jsonl")
+    assert (row["kept"], row["grad_norm"] > 0) == (0, True)
+    said = capsys.readouterr().out
+    assert "the 2 episodes of left ended alike in every group, so only the strategies acted." in said
+    assert "nothing was learned" not in said
 
 
 def test_nan_stops_the_run_with_its_last_good_state_committed(

@@ -111,6 +111,14 @@ def test_stages_of_the_same_name_are_told_apart_by_their_number():
     assert round_trip(overrides.apply(BASE, changes)).recipe == (first, second, third)
 
 
+def test_stages_of_the_same_name_that_are_chosen_again_stay_in_order():
+    two = overrides.apply(BASE, {"recipe": "grpo,grpo", "recipe.1.iterations": "12", "recipe.2.iterations": "4"})
+    for chosen, iterations in (("grpo,grpo,sft", [12, 4]), ("sft,grpo", [12]), ("grpo,sft,grpo,grpo", [12, 4, 4])):
+        recipe = overrides.apply(two, {"recipe": chosen}).recipe
+        assert ",".join(stage.name for stage in recipe) == chosen
+        assert [stage.iterations for stage in recipe if stage.name == "grpo"] == iterations
+
+
 def test_tuples_and_choices_are_parsed():
     config = overrides.apply(
         BASE,

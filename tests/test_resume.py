@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from perennial import experiment
+from perennial import experiment, session
 from perennial.learning.grpo import GRPO
 from perennial.rollout.workers import InlineWorkers
+from perennial.storage.cells import Cell
 from perennial.storage.run_folder import RunFolder
 from perennial.strategies.composition import Strategies
 from toyhouse.runs import essence, snapshot
@@ -45,12 +46,60 @@ def test_resuming_a_finished_run_only_writes_its_report_again(run, monkeypatch):
     assert (run / "report" / "index.html").is_file()
 
 
+def test_the_report_of_a_finished_run_needs_nothing_but_its_folder(config, toy_checkpoint, tmp_path, capsys):
+    base = shutil.copytree(toy_checkpoint, tmp_path / "base")
+    alone = replace(config, policy=replace(config.policy, checkpoint=str(base)))
+    run = experiment.start(alone, "toy", tmp_path / "run")
+    report = (run / "report" / "index.html").read_bytes()
+    for gone in (base, run / "report"):
+        shutil.rmtree(gone)
+    capsys.readouterr()
+    experiment.resume(run)
+    assert (run / "report" / "index.html").read_bytes() == report
+    assert capsys.readouterr().out == f"Report: {run}/report/index.html\n"
+
+
+def test_a_run_is_not_finished_without_its_last_films(config, tmp_path, monkeypatch, no_report):
+    filmed = []
+    monkeypatch.setattr(experiment.video, "encode", lambda frames, target, fps: filmed.append(target))
+    run = experiment.start(replace(config, evaluation=replace(config.evaluation, film=24)), "toy", tmp_path / "run")
+    filmed.clear()
+    experiment.resume(run)
+    assert filmed == [run / "videos" / "02" / f"{task}.mp4" for task in TASKS]
+
+
 def test_a_lost_cell_is_played_again_and_nothing_else(run, tmp_path, no_report):
     copy = shutil.copytree(run, tmp_path / "copy")
     cell = copy / "evaluations" / "02" / "greedy" / "id" / "right.json"
     cell.unlink()
     experiment.resume(copy)
     assert essence(copy) == essence(run)
+
+
+@pytest.mark.parametrize("between", ["log", "write_cell"])
+def test_a_cell_has_one_line_of_timings_wherever_its_evaluation_stopped(
+    run, config, tmp_path, monkeypatch, no_report, between
+):
+    """In the base row, before the first commit, and in the row after the first task."""
+    folder, whole = tmp_path / "run", getattr(RunFolder, between)
+    for number in (2, 5):
+        calls = iter(range(100))
+
+        def stop(self, first, *rest, calls=calls, number=number):
+            evaluated = isinstance(first, Cell) or rest[0]["event"] == "evaluation"
+            if evaluated and next(calls) == number:
+                raise ZeroDivisionError
+            whole(self, first, *rest)
+
+        monkeypatch.setattr(RunFolder, between, stop)
+        with pytest.raises(ZeroDivisionError):
+            experiment.resume(folder) if folder.exists() else experiment.start(config, "toy", folder)
+    monkeypatch.setattr(RunFolder, between, whole)
+    experiment.resume(folder)
+    assert essence(folder) == essence(run)
+    timings = [row for row in RunFolder.open(folder).rows("timings") if row["event"] == "evaluation"]
+    told = sorted(str((row["row"], row["decoder"], row["variant"], row["task"])) for row in timings)
+    assert told == sorted(str((c.row, c.decoder, c.variant, c.task)) for c in RunFolder.open(folder).cells())
 
 
 @pytest.fixture
@@ -70,6 +119,20 @@ def test_a_lost_cell_of_an_earlier_row_is_played_with_the_weights_of_then(run, b
     (copy / "evaluations" / "01" / "greedy" / "id" / "right.json").unlink()
     experiment.resume(copy)
     assert essence(copy) == essence(run)
+
+
+def test_only_a_resumed_run_counts_as_begun_when_its_memory_is_checked(
+    config, before_the_last_task_ended, tmp_path, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(session, "check_memory", lambda config, begun: seen.append(begun) or 1 / 0)
+    for go in (
+        lambda: experiment.start(config, "toy", tmp_path / "new"),
+        lambda: experiment.resume(before_the_last_task_ended),
+    ):
+        with pytest.raises(ZeroDivisionError):
+            go()
+    assert seen == [False, True]
 
 
 def test_a_resumed_run_has_the_threads_that_it_began_with(config, tmp_path, monkeypatch, no_report):

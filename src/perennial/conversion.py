@@ -108,8 +108,10 @@ def convert_index(folder: Path) -> Path | None:
     """Write the index of converted weights that were split among several files, where `folder` has one of pickles.
 
     Raises:
-        PerennialError: the index cannot be read.
+        PerennialError: the index cannot be read, or the new one not written.
     """
+    from perennial.storage import atomic
+
     path, target = folder / f"pytorch_model.bin{INDEX}", folder / f"model.safetensors{INDEX}"
     if not path.is_file() or target.exists():
         return None
@@ -118,7 +120,7 @@ def convert_index(folder: Path) -> Path | None:
         content["weight_map"] = {name: _safe_name(file) for name, file in content["weight_map"].items()}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise PerennialError(f"{path} is no index of a checkpoint ({error!r}); copy it again.") from error
-    target.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    atomic.write_text(target, json.dumps(content, indent=2) + "\n")
     return target
 
 

@@ -13,7 +13,7 @@ class PerennialError(Exception):
 
 
 class LearningError(PerennialError):
-    """Training cannot go on: NaN, no learning signal, a worker that keeps dying. The run's state is committed."""
+    """Learning or playing cannot go on: NaN, a worker that keeps dying. What a run committed before is intact."""
 
     exit_code = 3
 

@@ -31,7 +31,7 @@ from perennial.policies.lora import set_trainable
 from perennial.reports import page, video
 from perennial.rollout.trajectory import Episode, Trajectory
 from perennial.rollout.workers import sized
-from perennial.session import Cursor, Session, cells, label, prepare
+from perennial.session import Cursor, Session, all_cells, cells, label, prepare
 from perennial.storage.run_folder import RunFolder
 from perennial.suites.base import Suite, Task
 
@@ -57,10 +57,22 @@ def start(config: Config, preset: str, path: Path | None) -> Path:
 
 
 def resume(path: Path) -> None:
-    """Continue the run in `path`; a finished run only gets its report written again."""
+    """Continue the run in `path`; a finished run only gets its report written again, which needs nothing else."""
     with RunFolder.open_locked(path) as folder, ExitStack() as stack:
         config = _counted(overrides.from_json(Config, folder.header["config"]))
-        _run(prepare(configuration.validate(config), folder, stack))
+        if _is_finished(config, folder):
+            print(f"Report: {page.write(path)}")
+            return
+        _run(prepare(configuration.validate(config), folder, stack, begun=True))
+
+
+def _is_finished(config: Config, folder: RunFolder) -> bool:
+    """Whether nothing is left to evaluate, to film or to learn."""
+    last = len(config.phases)
+    if not all(map(folder.has_cell, all_cells(config))) or not all(f.exists() for f in _films(config, folder, last)):
+        return False
+    latest = folder.latest()  # an older one where the newest is damaged
+    return latest is not None and Cursor(**latest.state["cursor"]) == Cursor(last)
 
 
 def _counted(config: Config) -> Config:
@@ -138,9 +150,10 @@ def _finish_iteration(session: Session, phase: int, stage: int, total: int, done
     objective = session.config.recipe[stage].name
     session.display.iteration(name, done, total)
     if done.metrics["kept"] == 0:
+        effect = "only the strategies acted" if done.metrics.get("grad_norm") else "nothing was learned"
         session.display.say(
             f"[yellow]No learning signal: the {done.episodes} episodes of {name} ended alike in every group, so "
-            "nothing was learned. Check what the base checkpoint can do with `perennial evaluate`.[/yellow]"
+            f"{effect}. Check what the base checkpoint can do with `perennial evaluate`.[/yellow]"
         )
     row = {"event": "iteration", "task": name, **place, "objective": objective, **played, **done.metrics}
     session.folder.log("metrics", row)
@@ -226,13 +239,13 @@ def _evaluate_row(session: Session, row: int) -> None:
         faults.point("evaluate")
         steps = [int(t.steps.sum()) for t in played]
         states = session.suite.states(cell.task, "evaluation", cell.variant)
-        session.folder.write_cell(cell, [t.success for t in played], steps, states)
         figures = {"episodes": len(played), "env_steps": sum(steps), "seconds": time.monotonic() - begun}
+        # Before the cell, as it is never played again; without the cell, a resumed run forgets the line.
         session.folder.log("timings", {"event": "evaluation", **asdict(cell), **figures})
+        session.folder.write_cell(cell, [t.success for t in played], steps, states)
         session.stop_if_asked()
-    if config.film and row in (0, len(session.config.phases)):
-        for name in (*session.config.tasks.trained, *session.config.tasks.held_out):
-            _film(session, row, session.suite.tasks[name])
+    for target in _films(session.config, session.folder, row):
+        _film(session, session.suite.tasks[target.stem], target)
     _say_row(session, row)
     page.write(session.folder.path)
 
@@ -256,9 +269,15 @@ def _say_row(session: Session, row: int) -> None:
     session.display.say(f"[bold]{title}[/bold]  {'  '.join(rates)}")
 
 
-def _film(session: Session, row: int, task: Task) -> None:
+def _films(config: Config, folder: RunFolder, row: int) -> list[Path]:
+    """Where the films of one row belong, one of each task, if it is the first or the last row."""
+    names = (*config.tasks.trained, *config.tasks.held_out)
+    filmed = config.evaluation.film and row in (0, len(config.phases))
+    return [folder.path / "videos" / f"{row:02d}" / f"{name}.mp4" for name in names] if filmed else []
+
+
+def _film(session: Session, task: Task, target: Path) -> None:
     """Record the greedy policy on the first evaluation state."""
-    target = session.folder.path / "videos" / f"{row:02d}" / f"{task.name}.mp4"
     if not target.exists():
         session.display.begin(f"filming {task.name}")
         _cast(session, task)

@@ -147,10 +147,12 @@ def _default(kind: Any) -> Any:
 def _set_kind(parts: tuple[Any, ...], room: str, rest: list[str], text: str, whole: str) -> tuple[Any, ...]:
     """Choose the parts by name, or change those chosen that have a name, or the one with a number, counted from 1."""
     base = _kinds()[room]
-    present = {part.name: part for part in parts}
     if not rest:
         chosen = [name.strip() for name in text.split(",") if name.strip() not in ("", "none")]
-        return tuple(present.get(name) or discovery.find(room, name, base)() for name in chosen)  # type: ignore[misc]
+        return tuple(
+            _nth(parts, name, chosen[:number].count(name)) or discovery.find(room, name, base)()  # type: ignore[misc]
+            for number, name in enumerate(chosen)
+        )
     name, *inner = rest
     meant = [number for number, part in enumerate(parts, start=1) if name in (part.name, str(number))]
     if not meant:
@@ -165,6 +167,12 @@ def _set_kind(parts: tuple[Any, ...], room: str, rest: list[str], text: str, who
     return tuple(
         _set(part, inner, text, whole) if number in meant else part for number, part in enumerate(parts, start=1)
     )
+
+
+def _nth(parts: tuple[Any, ...], name: str, number: int) -> Any:
+    """The part of that name and number, counted from 0; the last one of the name if there are fewer, None if none."""
+    named = [part for part in parts if part.name == name]
+    return named[min(number, len(named) - 1)] if named else None
 
 
 def parse(kind: Any, text: str, name: str) -> Any:

@@ -103,11 +103,14 @@ class Session:
         return self.optimizer
 
 
-def prepare(config: Config, folder: RunFolder, stack: ExitStack) -> Session:
-    """Load the base policy and the last commit, and start the workers; `stack` ends what was started."""
+def prepare(config: Config, folder: RunFolder, stack: ExitStack, begun: bool = False) -> Session:
+    """Load the base policy and the last commit, and start the workers; `stack` ends what was started.
+
+    Where the run has `begun`, what is wrong is said to someone who cannot change its options.
+    """
     suite = discovery.find("suites", config.suite, Suite)()
     checkpoint = checkpoint_folder(config.policy.checkpoint)
-    check_memory(config)
+    check_memory(config, begun=begun)
     chosen = config.policy
     policy = load_policy(chosen.name, checkpoint, chosen.device, chosen.dtype)
     if chosen.adapter is not None:
@@ -157,7 +160,8 @@ def cells(config: Config, row: int) -> list[Cell]:
     ]
 
 
-def _all_cells(config: Config) -> list[Cell]:
+def all_cells(config: Config) -> list[Cell]:
+    """The cells of the whole success matrix."""
     return [cell for row in range(len(config.phases) + 1) for cell in cells(config, row)]
 
 
@@ -171,13 +175,13 @@ def total_episodes(config: Config) -> int:
     """All episodes of the run, training and evaluation."""
     learning = sum(_stage_episodes(config, stage) * stage.iterations for stage in config.recipe)
     suite = discovery.find("suites", config.suite, Suite)()
-    return learning * len(config.tasks.trained) + sum(played_in(config, suite, cell) for cell in _all_cells(config))
+    return learning * len(config.tasks.trained) + sum(played_in(config, suite, cell) for cell in all_cells(config))
 
 
 def done_episodes(config: Config, folder: RunFolder, cursor: Cursor) -> int:
     """Those of them that are committed."""
     suite = discovery.find("suites", config.suite, Suite)()
-    evaluated = sum(played_in(config, suite, cell) for cell in _all_cells(config) if folder.has_cell(cell))
+    evaluated = sum(played_in(config, suite, cell) for cell in all_cells(config) if folder.has_cell(cell))
     per_stage = [_stage_episodes(config, stage) * stage.iterations for stage in config.recipe]
     done = len(config.phases[0]) * (cursor.phase * sum(per_stage) + sum(per_stage[: cursor.stage]))
     if cursor.iteration:

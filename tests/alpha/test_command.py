@@ -12,6 +12,7 @@ from perennial.cli import main
 from perennial.commands import Alpha
 from perennial.demonstrations.record import Settings, record_all
 from perennial.errors import PerennialError
+from perennial.evaluation.race import Runner
 from perennial.policies._groups import GROUPS
 from perennial.policies.base import Batch, Observation
 from perennial.randomness import stream
@@ -87,6 +88,25 @@ def test_retention_weighs_what_the_base_could_do(folders, tmp_path):
     assert best["alpha"]["action"] == 0.0
     assert best["generalist"]["value"] > 80
     assert best["front"]
+
+
+def test_no_state_is_played_twice(folders, tmp_path, monkeypatch):
+    """The same states again would be no new evidence for the race."""
+    monkeypatch.setattr(ToySuite, "states", lambda self, task, split, variant="id": 12 if task == "left" else None)
+    command.command(options(folders, tmp_path, generalist=("right",), alpha="0,1"), Console(quiet=True))
+    found = json.loads((tmp_path / "alpha.json").read_text())
+    assert found["plan"]["episodes"] == 12
+    assert max(candidate["target"]["n"] for candidate in found["candidates"]) == 12
+
+
+def test_what_left_the_race_pushes_nothing_off_the_front(folders, tmp_path, monkeypatch):
+    """Its rates are of few rounds; here they are better by luck than those of the one that ran to the end."""
+    lucky, whole = np.ones((5, 2), bool), np.ones((30, 2), bool)
+    whole[:10] = False
+    monkeypatch.setattr(command, "sweep", lambda *_: [Runner(lucky, dropped=True), Runner(whole)])
+    command.command(options(folders, tmp_path, generalist=("right",), alpha="0,1"), Console(quiet=True))
+    found = json.loads((tmp_path / "alpha.json").read_text())
+    assert [candidate["front"] for candidate in found["candidates"]] == [False, True]
 
 
 def test_groups_make_a_grid_and_the_command_names_them(folders, tmp_path):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perennial.demonstrations.dataset import Demonstration, load, read, to_batch
+from perennial.demonstrations.dataset import Demonstration, load, read, require_recorded, to_batch
 from perennial.demonstrations.record import Settings, record
 from perennial.errors import PerennialError
 from perennial.testing.toy import ToyPolicy, ToySuite
@@ -93,3 +93,11 @@ def test_what_cannot_be_loaded_is_explained(tmp_path):
         load(tmp_path)
     with pytest.raises(PerennialError, match="record it anew"):
         read(tmp_path / "none.safetensors")
+
+
+@pytest.mark.parametrize(("task", "of"), [("", ""), ("left", " of left")])
+def test_where_no_folder_is_named_none_is_proposed(task, of):
+    with pytest.raises(PerennialError) as error:
+        require_recorded("", "strategies.replay.demonstrations", task)
+    asked = "as no folder is named; set --strategies.replay.demonstrations"
+    assert str(error.value) == f"There is no demonstration{of}, {asked}."

@@ -23,6 +23,11 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.safetensors"))}
 
 
+def test_the_command_line_records_as_python_does():
+    for name in ("variant", "image_size", "image_every"):
+        assert getattr(Demos, name) == getattr(Settings, name)
+
+
 def test_an_undisturbed_episode_is_the_experts(tmp_path):
     (path,) = record(ToySuite(), "up", [4], tmp_path, SETTINGS)
     header, demonstration = read(path)

@@ -16,6 +16,7 @@ from perennial.rollout.trajectory import to_batch
 from perennial.rollout.workers import Cast, InlineWorkers, WorkerConfig
 from perennial.strategies.composition import Strategies
 from perennial.strategies.ewc import EWC
+from perennial.strategies.kl_anchor import KLAnchor
 from perennial.strategies.slca import SLCA
 from perennial.testing.policy_conformance import example_observation
 from perennial.testing.toy import ToyPolicy, ToySuite
@@ -176,6 +177,28 @@ def test_an_iteration_without_success_changes_nothing(played):
     learned = update(objective, policy, [replace(t, success=True) for t in played])
     assert learned.keys() == failed.keys()
     assert learned["kept"] == 1
+
+
+def test_an_iteration_without_success_is_left_to_strategies_that_want_all(played):
+    policy = ToyPolicy()
+    policy.add_value_head(0)
+    strategies = Strategies((KLAnchor(coefficient=1.0),))
+    strategies.before_task(ToySuite.tasks["left"], policy)
+    disturb(policy, 0.1)
+    failed = [replace(t, success=False) for t in played]
+    batch = to_batch(failed, policy.token_steps)
+
+    def divergence():
+        return float(strategies.batch_loss(policy.outputs(batch), batch).detach())
+
+    before, head = divergence(), policy.value_head.state_dict()["0.weight"].clone()
+    objective = PPO(optimizer=AdamWConfig(learning_rate=1e-3, warmup_steps=0, weight_decay=0.0))
+    optimizer = build_optimizer(policy, strategies, objective.optimizer, objective.value_rate)
+    metrics = objective.update(policy, (), failed, strategies, optimizer, np.random.default_rng(0))
+    assert (metrics["kept"], metrics["loss"], metrics["value_loss"], metrics["explained_variance"]) == (0, 0, 0, 0)
+    assert metrics["grad_norm"] > 0
+    assert divergence() < 0.9 * before
+    assert torch.equal(policy.value_head.state_dict()["0.weight"], head)
 
 
 def test_where_returns_do_not_vary_nothing_is_explained(played):

@@ -57,6 +57,15 @@ def test_what_does_not_fit_is_refused_with_what_would_fit():
         check_memory(config, room=10e9)
 
 
+def test_a_run_that_has_begun_is_told_what_it_can_still_do():
+    published = PolicyChoice(checkpoint="nowhere", adapter=LoRA(rank=32), dtype="float32")
+    config = replace(DEMO, policy=published, recipe=(GRPO(optimizer=LARGE),))
+    with pytest.raises(
+        PerennialError, match=r"60 GB are free; free some, or start a new run with --workers\.backend .*, which"
+    ):
+        check_memory(config, room=60e9, begun=True)
+
+
 def test_a_run_with_every_switch_turned_is_still_refused_in_a_sentence():
     light = PolicyChoice(checkpoint="nowhere", dtype="bfloat16", checkpointing=True)
     least = (GRPO(optimizer=AdamWConfig(micro_batch=1)),)

@@ -12,6 +12,7 @@ from perennial.reports import page, summary
 from perennial.reports.record import read
 
 HOSTILE = ["<script>alert(1)<", "\"onerror=x' & {{7*7}}", "物体を押す ✓", "a]b [red]c", "$x_1$ --"]
+ALIKE = f"iterations of {TRAINED[0]}: all episodes of each group ended alike"
 VOID = {"meta", "link", "data-void", "br", "img", "input", "hr"}
 
 
@@ -181,10 +182,21 @@ def test_joint_teaching_has_two_rows_and_no_forgetting(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kept", "sentence"), [(0, "No learning signal in 12 of 12 iterations"), (0.25, "only 25\u00a0%"), (0.8, "")]
+    ("kept", "still", "sentence"),
+    [
+        (0, 12, f"No learning signal in 12 of 12 {ALIKE}, so these iterations changed nothing."),
+        (0, 5, f"No learning signal in 12 of 12 {ALIKE}, so only the strategies acted, in 7 of them."),
+        (0.25, 0, "only 25\u00a0%"),
+        (0.25, 3, f"No learning signal in 3 of 12 {ALIKE}, so these iterations changed nothing."),
+        (0.8, 0, ""),
+    ],
 )
-def test_warnings(tmp_path, kept, sentence):
+def test_warnings(tmp_path, kept, still, sentence):
     folder = write_example(tmp_path / "run", trained=TRAINED[:1], held_out=[], videos=False, kept=kept)
+    log = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    quiet = [row | {"grad_norm": 0.0} for row in rows[:still]]
+    log.write_text("".join(json.dumps(row) + "\n" for row in (*quiet, *rows[still:])))
     notes = Elements(page.render(folder)).all("div", role="note")
     assert [sentence in note[2] for note in notes] == ([True] if sentence else [])
 

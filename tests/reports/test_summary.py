@@ -123,3 +123,6 @@ def test_sentences_admit_chance_and_never_praise_remembering_nothing():
     much = {"gain": estimate(30.0, 24.0, 36.0), "nbt": estimate(-4.0, -6.0, -2.0)}
     assert "rose by 4.0 points" in words.forgotten(much)
     assert "chance" not in words.forgotten(much)
+    for still in (0.0, 0.04, -0.04):
+        same = words.forgotten({"gain": estimate(30.0, 24.0, 36.0), "nbt": estimate(still, -3.0, 3.0)})
+        assert "success on it stayed the same on average by the end." in same

@@ -104,15 +104,18 @@ def test_resuming_forgets_what_was_logged_after_the_commit(tmp_path):
         steps(run, 1, 3)
         expected = {name: (tmp_path / "r" / f"{name}.jsonl").read_bytes() for name in ("metrics", "timings")}
         run.log("metrics", {"event": "iteration", "iteration": 4})
-        run.log("timings", {"event": "evaluation", "seconds": 2.0})
+        run.write_cell(Cell(1, "greedy", "id", "a"), [True], [7])
+        for task in ("a", "b"):
+            place = {"row": 1, "decoder": "greedy", "variant": "id", "task": task}
+            run.log("timings", {"event": "evaluation", **place, "seconds": 2.0})
         run.log("timings", {"event": "iteration", "iteration": 4})
     with (tmp_path / "r" / "metrics.jsonl").open("a") as file:
         file.write('{"event": "iter')
     assert [row["iteration"] for row in RunFolder.open(tmp_path / "r").rows("metrics")] == [1, 2, 3, 4]
     with RunFolder.open_locked(tmp_path / "r") as run:
         assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == expected["metrics"]
-        # The evaluated cell exists and is not played again, so its time stays.
-        kept = b'{"event": "evaluation", "seconds": 2.0}\n'
+        # The cell of a exists and is not played again, so its time stays; that of b was not written.
+        kept = json.dumps({"event": "evaluation", **place, "task": "a", "seconds": 2.0}).encode() + b"\n"
         assert (tmp_path / "r" / "timings.jsonl").read_bytes() == expected["timings"] + kept
         steps(run, 4, 4)
         assert [row["iteration"] for row in run.rows("metrics")] == [1, 2, 3, 4]

@@ -146,6 +146,12 @@ def test_a_folder_of_something_else_is_refused(tmp_path, done):
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
+def test_what_a_kill_left_of_the_study_file_does_not_count(tmp_path):
+    (tmp_path / ".study.json.new.4711.partial").write_text('{"study"')
+    _execution.claim("toyhouse.study", tmp_path)
+    assert _results.study_name(tmp_path) == "toyhouse.study"
+
+
 def test_a_result_made_with_other_settings_is_not_taken_for_this_one(done, tmp_path):
     entry = Entry(STUDY, "l2", "given", 0)
     assert _results.has(done, entry)

@@ -114,7 +114,10 @@ def _plan(options: Alpha) -> Plan:
     check_placement(options.device, options.dtype, "--")
     if not 0 <= options.retention <= 1:
         raise PerennialError(f"--retention is {options.retention}, but it is a weight from 0 to 1.")
-    chosen = (options.suite, options.tasks, options.variant, options.generalist, options.episodes)
+    variants = dict.fromkeys(options.generalist, suite.variants[0]) | dict.fromkeys(options.tasks, options.variant)
+    states = [suite.states(task, "training", variant) for task, variant in variants.items()]
+    episodes = min([options.episodes, *(count for count in states if count is not None)])
+    chosen = (options.suite, options.tasks, options.variant, options.generalist, episodes)
     return Plan(*chosen, temperature=options.temperature, seed=options.seed)
 
 
@@ -146,11 +149,13 @@ def _figures(
     by_losses = likeliest(loss["target"], loss["base"]) if len(loss) == 2 else None
     best = winner(field, score) if field else by_losses
     assert best is not None
-    shown = front([(ps[0].mean(), ps[-1].mean()) for ps in parts])
+    finished = [place for place, runner in enumerate(field) if not runner.dropped]
+    on_front = front([(parts[place][0].mean(), parts[place][-1].mean()) for place in finished])
+    best_trades = {place for place, undominated in zip(finished, on_front, strict=True) if undominated}
     played = [
         {name: percent(wilson(int(p.sum()), p.size)) for name, p in zip(names, ps, strict=True)}
-        | {"dropped": runner.dropped, "front": on_front and not runner.dropped}
-        for runner, ps, on_front in zip(field, parts, shown, strict=True)
+        | {"dropped": runner.dropped, "front": place in best_trades}
+        for place, (runner, ps) in enumerate(zip(field, parts, strict=True))
     ]
     return {
         "base": str(options.base),

@@ -36,7 +36,8 @@ class Alpha:
     action: Annotated[str, tyro.conf.arg(name="alpha.action")] = ""
     """Candidates for the action parameters, where they differ."""
     episodes: int = 40
-    """Most training states of each task that a candidate plays; 0 plays none and goes by the demonstrations alone."""
+    """Most training states of each task that a candidate plays; 0 plays none and goes by the demonstrations alone. No
+    state is played twice, as it would be no new evidence."""
     temperature: float = 1.0
     """Of action sampling; 0 is greedy."""
     demonstrations: Path | None = None

@@ -89,7 +89,7 @@ def require_recorded(folder: str, option: str, task: str = "") -> None:
     """See that there is a demonstration, of `task` or of any, and that the first one can be read.
 
     Args:
-        folder: of demonstrations.
+        folder: of demonstrations; "" names none.
         option: by which the folder was chosen.
         task: its name; "" is any.
 
@@ -100,6 +100,8 @@ def require_recorded(folder: str, option: str, task: str = "") -> None:
     first = min(found, default=None)
     if first is None:
         of, only = (f" of {task}", f" --tasks {task}") if task else ("", "")
+        if not folder:
+            raise PerennialError(f"There is no demonstration{of}, as no folder is named; set --{option}.")
         raise PerennialError(
             f"There is no demonstration{of} in {folder!r}; record some by `perennial demos {folder}{only}`, or set "
             f"--{option}."

@@ -45,7 +45,7 @@ class Settings:
 
     variant: str = "id"
     image_size: int = 64
-    image_every: int = 8
+    image_every: int = 4
     noise: float = 0.25
 
 

@@ -39,7 +39,7 @@ class Gate:
         max_task_forgetting: M, by which any one of them may fall; m where that is more.
         held_out: so many held-out tasks, the first ones, are guarded beside the tasks taught before.
         scales: of the update, which are tried from the largest to the smallest where the whole update does not pass.
-        pairs: of episodes that are played for each scale at most.
+        pairs: of episodes that are played for each scale at most; one for every guarded task always is.
         alpha: chance of showing that weights are safe although they forget m or more, all scales together.
         beta: chance of showing that weights fall although they do not, for each scale.
     """

@@ -135,7 +135,7 @@ def gradient_step(
     if not all(map(math.isfinite, metrics.values())):
         raise LearningError(
             f"The update became not-a-number (loss {metrics['loss']}, penalty {metrics['penalty']}, gradient norm "
-            f"{metrics['grad_norm']}). The last good state is committed; lower the learning rate and resume."
+            f"{metrics['grad_norm']}); start a new run with a lower learning rate."
         )
     set_learning_rate(optimizer, config)
     optimizer.step()

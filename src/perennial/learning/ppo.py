@@ -10,7 +10,8 @@ The surrogate is that of `grpo`, with one ratio per token and symmetric clipping
 which makes it the plain policy gradient at the acting weights. The value loss is the paper's squared error, without the
 clipping of the values that some code adds. Advantages are standardised over the iteration, as RLinf and most code do
 and the paper does not say. An iteration without any success is skipped, because its advantages would be nothing but
-the errors of the value head, blown up to the usual size.
+the errors of the value head, blown up to the usual size; only strategies that look at every state visited
+(`Strategy.wants_all`) act in it.
 
 The value head is carried on from task to task, like the adapter. Its loss reaches the policy too, as the two share
 everything below the head.
@@ -101,15 +102,18 @@ class PPO(Objective):
         optimizer: torch.optim.Optimizer,
         rng: np.random.Generator,
     ) -> Metrics:
-        """`epochs` x `minibatches` clipped steps on all decisions; none if no episode succeeded."""
-        if not any(trajectory.success for trajectory in trajectories):
+        """`epochs` x `minibatches` clipped steps on all decisions; without any success, of strategies alone or none."""
+        won = any(trajectory.success for trajectory in trajectories)
+        if not won and not strategies.wants_all():
             nothing = ("loss", "penalty", "grad_norm", "kl", "clip_fraction", "value_loss", "explained_variance")
             return dict.fromkeys((*nothing, "kept"), 0.0)
         batch, explained = self.assess(policy, trajectories)
+        if not won:
+            batch, explained = replace(batch, weight=np.zeros(batch.mask.shape, np.float32)), 0.0
         metrics = passes(
             policy, batch, self.loss, strategies, optimizer, self.optimizer, rng, self.epochs, self.minibatches
         )
-        return metrics | {"explained_variance": explained, "kept": 1.0}
+        return metrics | {"explained_variance": explained, "kept": float(won)}
 
     def assess(self, policy: Policy, trajectories: list[Trajectory]) -> tuple[Batch, float]:
         """All decisions with standardised advantages, value targets and weights, and how much the values explain.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from perennial import faults
 from perennial.errors import PerennialError
+from perennial.storage import atomic
 
 
 def require_new(out: Path) -> None:
@@ -53,22 +53,14 @@ def whole_folder(out: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in [*sorted(temporary.rglob("*")), temporary]:
-            _sync(path)
+            atomic.fsync(path)
         faults.point("merge_rename")
         require_new(out)
         temporary.rename(out)
-        _sync(out.parent)
+        atomic.fsync(out.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise PerennialError(f"{out} cannot be written ({error}); make room or choose another folder.") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,11 +35,11 @@ def fit_micro_batches(config: Config, room: float | None = None) -> Config:
     return replace(config, recipe=recipe)
 
 
-def check_memory(config: Config, room: float | None = None) -> None:
+def check_memory(config: Config, room: float | None = None, begun: bool = False) -> None:
     """See that `config` fits into `room` bytes, by default those that are free on its device.
 
     A policy that does not describe its network is not checked, nor is a checkpoint that cannot be read: loading says
-    better what is wrong with it.
+    better what is wrong with it. A run that has `begun` cannot be given other options any more.
 
     Raises:
         PerennialError: it does not fit; says what would.
@@ -64,7 +64,8 @@ def check_memory(config: Config, room: float | None = None) -> None:
         )
     lighter = estimate.memory(estimate.apply(use, chosen)).peak
     switches = " ".join(option(config, switch) for switch in chosen)
-    raise PerennialError(f"{problem}; it fits with {switches}, which needs {lighter / 1e9:.3g} GB.")
+    advice = "free some, or start a new run with" if begun else "it fits with"
+    raise PerennialError(f"{problem}; {advice} {switches}, which needs {lighter / 1e9:.3g} GB.")
 
 
 def check_buffers(

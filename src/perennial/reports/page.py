@@ -139,11 +139,13 @@ def warnings(record: Record, figures: Mapping[str, Any]) -> list[str]:
     found = []
     for phase, name in enumerate(record.row_names[1:]):
         lines = [line for line in record.lines(phase) if line.get("kept") is not None]
-        silent = sum(line["kept"] == 0 or line.get("grad_norm") == 0 for line in lines)
+        silent = [line for line in lines if line["kept"] == 0 or line.get("grad_norm") == 0]
         if silent:
+            acted = sum(bool(line.get("grad_norm")) for line in silent)
+            effect = f"only the strategies acted, in {acted} of them" if acted else "these iterations changed nothing"
             found.append(
-                f"No learning signal in {silent} of {words.count(len(lines), 'iteration')} of {name}: "
-                "all episodes of each group ended alike, so these iterations changed nothing."
+                f"No learning signal in {len(silent)} of {words.count(len(lines), 'iteration')} of {name}: "
+                f"all episodes of each group ended alike, so {effect}."
             )
         elif lines and (kept := sum(line["kept"] for line in lines) / len(lines)) < FEW_KEPT:
             found.append(

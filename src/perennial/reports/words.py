@@ -96,8 +96,7 @@ def forgotten(figures: Mapping[str, Any]) -> str:
     forgetting, gain = figures["nbt"], figures["gain"]
     if forgetting is None:
         return "This is measured when tasks are taught one after another, from the second task on."
-    moved = "fell" if forgetting["value"] > 0 else "rose"
-    change = f"{moved} by {points(abs(forgetting['value']))} points"
+    change = _changed(forgetting["value"])
     sentence = f"After a task had been taught, success on it {change} on average by the end."
     if gain is not None and gain["low"] <= 0:
         return sentence + " Little was learned, so there was little to forget."
@@ -126,7 +125,7 @@ def _tried(trial: Mapping[str, Any]) -> str:
 
 
 def _changed(drop: float) -> str:
-    return f"{'fell' if drop > 0 else 'rose'} by {points(abs(drop))} points" if round(drop, 1) else "stayed"
+    return f"{'fell' if drop > 0 else 'rose'} by {points(abs(drop))} points" if round(drop, 1) else "stayed the same"
 
 
 def coefficients(alpha: Mapping[str, float]) -> str:

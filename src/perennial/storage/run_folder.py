@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TextIO
 
@@ -105,7 +105,7 @@ class RunFolder:
         """Open a run to go on with it from `latest()`.
 
         What interrupted writes left behind is removed, and what was logged after the latest commit is forgotten, as
-        it will be done again. Timings of evaluations stay, because cells that were evaluated are not played again.
+        it will be done again. Timings of evaluated cells stay, because these are not played again.
 
         Raises:
             PerennialError: it is no run folder, another process writes there, all commits are damaged, or run.json
@@ -297,7 +297,8 @@ class RunFolder:
         self._newest = commit.number if commit else 0
         sizes = commit.state["log_bytes"] if commit else dict.fromkeys(self._logs, 0)
         self._logs["metrics"].rewind(sizes["metrics"])
-        self._logs["timings"].rewind(sizes["timings"], keep=lambda row: row.get("event") == "evaluation")
+        evaluated = [{"event": "evaluation", **asdict(cell)}.items() for cell in self.cells()]
+        self._logs["timings"].rewind(sizes["timings"], keep=lambda row: any(cell <= row.items() for cell in evaluated))
 
     @property
     def _evaluations(self) -> Path:

@@ -83,7 +83,9 @@ def claim(name: str, folder: Path) -> None:
         if found != name:
             raise PerennialError(f"{folder} holds the study {found!r}, not {name!r}; choose another folder.")
         return
-    if folder.exists() and any(child.name != ".lock" for child in folder.iterdir()):
+    # Killed before study.json was complete, a study leaves these two behind, and has not begun.
+    left = (".lock", ".study.json.")
+    if folder.exists() and not all(child.name.startswith(left) for child in folder.iterdir()):
         raise PerennialError(f"The folder {folder} is not empty and holds no study; choose another folder.")
     atomic.write_json(
         header, {"study": name, "perennial": perennial.__version__, "environment": dict(describe_machine())}
