@@ -71,4 +71,5 @@ def test_the_page_shows_what_the_files_say(scripts):
         for task in measured["tasks"]:
             assert f"| `{suite}` | `{task}` |" in text
     for name, share in strategies["overhead"].items():
-        assert f"| {scripts['page'].GUARDS[name]} | {100 * share:+.1f}% |" in text
+        signed = f"{100 * share:+.1f}".replace("-", "\N{MINUS SIGN}")
+        assert f"| {scripts['page'].GUARDS[name]} | {signed} % |" in text

@@ -2,7 +2,8 @@
 
 A strategy is a dataclass: its init fields are hyper-parameters, everything it remembers is in `field(init=False)` and
 in `state_dict`. Strategies never know the objective and objectives never know the strategy, so every strategy works
-under every objective.
+under every objective. Nor do they know the run's seed: what they draw themselves is named by strategy and task and the
+same in every run, so that intervals over seeds do not hold its variance.
 """
 
 from __future__ import annotations
