@@ -83,6 +83,7 @@ def test_the_adapter_of_every_task_is_one_of_the_base_whatever_was_merged_before
 def test_a_run_whose_base_changed_is_neither_resumed_nor_evaluated(tmp_path):
     ToyPolicy(0).save(tmp_path / "base")
     run = experiment.start(toy_config(tmp_path / "base"), "toy", tmp_path / "run")
+    shutil.rmtree(run / "evaluations" / "02")  # so that something is left to do
     shutil.rmtree(tmp_path / "base")
     ToyPolicy(1).save(tmp_path / "base")
     for again in (experiment.resume, lambda folder: of_run(RunFolder.open(folder), -1, 0)):
