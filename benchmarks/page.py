@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from perennial.reports import words
+
 ROOT = Path(__file__).parent.parent
 READING = """## How to read it
 
@@ -104,15 +106,11 @@ def _strategies(found: Mapping[str, Any]) -> list[str]:
         "",
         "| strategy | adds to a step of as many rows |",
         "|---|---|",
-        *(f"| {GUARDS[name]} | {_signed(share)} |" for name, share in found["overhead"].items()),
+        *(f"| {GUARDS[name]} | {words.points(100 * share, True)} % |" for name, share in found["overhead"].items()),
         "",
         f"Machine: {machine['processor']}, {machine['cores']} cores, Python {machine['python']}, "
         f"torch {machine['torch']}.",
     ]
-
-
-def _signed(share: float) -> str:
-    return f"{100 * share:+.1f} %".replace("-", "\N{MINUS SIGN}")
 
 
 def _suites(found: Mapping[str, Any]) -> list[str]:

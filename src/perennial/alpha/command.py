@@ -114,9 +114,9 @@ def _plan(options: Alpha) -> Plan:
     check_placement(options.device, options.dtype, "--")
     if not 0 <= options.retention <= 1:
         raise PerennialError(f"--retention is {options.retention}, but it is a weight from 0 to 1.")
-    variants = dict.fromkeys(options.generalist, suite.variants[0]) | dict.fromkeys(options.tasks, options.variant)
-    states = [suite.states(task, "training", variant) for task, variant in variants.items()]
-    episodes = min([options.episodes, *(count for count in states if count is not None)])
+    played = ((options.tasks, options.variant), (options.generalist, suite.variants[0]))
+    fewest = [suite.fewest_states(tasks, "training", variant) for tasks, variant in played]
+    episodes = min([options.episodes, *(count for count in fewest if count is not None)])
     chosen = (options.suite, options.tasks, options.variant, options.generalist, episodes)
     return Plan(*chosen, temperature=options.temperature, seed=options.seed)
 

@@ -78,8 +78,8 @@ class Gate:
         From a state that was played before the pair would be no new evidence: it is the same again if greedy, and
         depends on the one before if sampled.
         """
-        counts = [count for task in tasks if (count := suite.states(task, "training")) is not None]
-        return replace(self, pairs=min(self.pairs, len(tasks) * min(counts))) if counts else self
+        fewest = suite.fewest_states(tasks, "training")
+        return self if fewest is None else replace(self, pairs=min(self.pairs, len(tasks) * fewest))
 
     def can_show(self) -> bool:
         """Whether an update under which nothing changes is shown to be safe within all `pairs`."""

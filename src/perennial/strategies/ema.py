@@ -21,9 +21,8 @@ class EMA(Strategy):
     """average <- decay * average + (1 - decay) * theta after every optimiser step; it replaces theta after the task.
 
     The average begins with the weights that the task starts from, in float32: in bfloat16 the steps of a decay near 1
-    round to nothing. With an adapter its factors are averaged, which
-    stay close to each other within a task. The code of RETAIN (arXiv 2512.08333) trains with 0.99 and merges the
-    average, as `ema,merge` does.
+    round to nothing. With an adapter its factors are averaged, which stay close to each other within a task. The code
+    of RETAIN (arXiv 2512.08333) trains with 0.99 and merges the average, as `ema,merge` does.
 
     Attributes:
         decay: in [0, 1); 0 keeps the last weights.

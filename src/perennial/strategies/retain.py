@@ -41,8 +41,8 @@ class Retain(Strategy):
             fine-tuned weights so far into the base, theta_n = (1 - alpha) theta_0 + alpha mean(theta_ft,1..n).
         variant: of the suite, in which alpha is searched; evaluate on another one.
         judged: the search plays the task just learned ("new") or all taught so far ("taught").
-        episodes: most training states of each of these tasks that the search plays for one alpha; not more than the
-            suite has, as a state played again is no new evidence.
+        episodes: most training states of each of these tasks that the search plays for one alpha; beyond those that
+            the suite has it plays them again, which is no new evidence.
     """
 
     name: ClassVar[str] = "retain"

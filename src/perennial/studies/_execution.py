@@ -84,8 +84,8 @@ def claim(name: str, folder: Path) -> None:
             raise PerennialError(f"{folder} holds the study {found!r}, not {name!r}; choose another folder.")
         return
     # Killed before study.json was complete, a study leaves these two behind, and has not begun.
-    left = (".lock", ".study.json.")
-    if folder.exists() and not all(child.name.startswith(left) for child in folder.iterdir()):
+    names = [child.name for child in folder.iterdir()] if folder.exists() else []
+    if not all(name == ".lock" or name.startswith(".study.json.") for name in names):
         raise PerennialError(f"The folder {folder} is not empty and holds no study; choose another folder.")
     atomic.write_json(
         header, {"study": name, "perennial": perennial.__version__, "environment": dict(describe_machine())}

@@ -146,6 +146,14 @@ class Suite(ABC):
         """How many initial states there are if they are finite: then index n is state n modulo this number."""
         return None
 
+    def fewest_states(self, tasks: Iterable[str], split: Split, variant: str = "id") -> int | None:
+        """The least number of initial states that one of `tasks` has, None if none of them has finitely many.
+
+        Who plays more of each begins from some state again, which is no new evidence.
+        """
+        counts = (self.states(task, split, variant) for task in tasks)
+        return min((count for count in counts if count is not None), default=None)
+
     def expert(self, task: str) -> Expert | None:
         """The scripted expert of `task`, if there is one."""
         return None
