@@ -60,7 +60,14 @@ def done(name: str) -> str:
     return f"{runs - len(missing)} of {runs} runs have a result.{named}\n"
 
 
-# The strategies, with the strengths that were tried.
+# The strategies, with the strengths that were tried, and what they cost.
+
+PHASES = {
+    "rollout_seconds": "playing",
+    "update_seconds": "learning",
+    "strategy_seconds": "strategies",
+    "evaluation_seconds": "evaluation",
+}
 
 
 def strengths(name: str) -> str:
@@ -77,6 +84,19 @@ def strategy_costs() -> str:
     rows = figures("simple_recipe")["rows"]
     kept = {row["row"]: row["cost"]["kept_bytes"] for row in rows if row["row"] in discovery.names("strategies")}
     return table(("strategy", "kept, MB"), [[f"`{name}`", f"{size / 1e6:.1f}"] for name, size in sorted(kept.items())])
+
+
+def run_costs() -> str:
+    """What a run of each row costs: minutes of its fastest seed, and the medians that the study's report has."""
+    results = study.read_results(STUDIES / "simple_recipe", find("simple_recipe"))
+    rows = []
+    for row in figures("simple_recipe")["rows"]:
+        seconds = [[run.cost.get(phase, 0) for phase in PHASES] for run in results[row["row"]].values()]
+        fastest = min(seconds, key=sum)
+        minutes = [f"{part / 60:.{places}f}" for part, places in ((sum(fastest), 0), *((part, 1) for part in fastest))]
+        steps, memory, kept = (row["cost"][key] for key in ("train_env_steps", "peak_bytes", "kept_bytes"))
+        rows.append([row["row"], *minutes, f"{steps / 1e3:,.0f}", f"{memory / 1e9:.1f}", f"{kept / 1e6:.1f}"])
+    return table(("method", "minutes", *PHASES.values(), "steps, thousands", "memory, GB", "kept, MB"), rows)
 
 
 # The search for alpha, made outside the study from the weights that its runs left.
@@ -267,6 +287,7 @@ def sequence_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "strategy costs": strategy_costs,
+    "simple recipe costs": run_costs,
     "strategy strengths done": lambda: done("strategy_strength"),
     "simple recipe done": lambda: done("simple_recipe"),
     "simple recipe sampled": lambda: split_tables(study.markdown(figures("simple_recipe")))[0],

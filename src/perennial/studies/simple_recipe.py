@@ -3,7 +3,8 @@
 The coefficients of EWC, L2, KL anchor, ER and DER and the learning rate of `full` were chosen by the study
 `strategy_strength` on three of the tasks with a seed that is not used here (but on the same evaluation states): of a
 strategy the strongest one tried that keeps two thirds of what sequential fine-tuning gains, of full fine-tuning the rate
-that gains most. Rows called `..._ut2026` have the forms, coefficients and memories of the paper's code, and the other
+that gains most. `kl_anchor_0.01` and `dark_replay_0.1` were run before that search was complete, and stay as another
+strength. Rows called `..._ut2026` have the forms, coefficients and memories of the paper's code, and the other
 strategies their published settings; `full_untuned` has the learning rate of LoRA, as in the paper.
 """
 
@@ -61,9 +62,11 @@ STUDY = Study(
         ),
         "l2": Method({"strategies": "l2", "strategies.l2.coefficient": "0.001"}),
         "kl_anchor": Method({"strategies": "kl_anchor", "strategies.kl_anchor.coefficient": "0.001"}),
+        "kl_anchor_0.01": Method({"strategies": "kl_anchor", "strategies.kl_anchor.coefficient": "0.01"}),
         "replay": Method({"strategies": "replay", "strategies.replay.coefficient": "0.1"}),
         "replay_ut2026": _with_demonstrations("replay"),
         "dark_replay": Method({"strategies": "dark_replay", "strategies.dark_replay.coefficient": "1"}),
+        "dark_replay_0.1": Method({"strategies": "dark_replay", "strategies.dark_replay.coefficient": "0.1"}),
         "dark_replay_ut2026": _with_demonstrations("dark_replay", {"avg": 73.4}),
         "slca": Method({"strategies": "slca"}, published={"avg": 69.9}),
         "slca_alignment": Method({"strategies": "slca,alignment"}),
