@@ -2,10 +2,10 @@
 
 The coefficients of EWC, L2, KL anchor, ER and DER and the learning rate of `full` were chosen by the study
 `strategy_strength` on three of the tasks with a seed that is not used here (but on the same evaluation states): of a
-strategy the strongest one tried that keeps two thirds of what sequential fine-tuning gains, of full fine-tuning the rate
-that gains most. `kl_anchor_0.01` and `dark_replay_0.1` were run before that search was complete, and stay as another
-strength. Rows called `..._ut2026` have the forms, coefficients and memories of the paper's code, and the other
-strategies their published settings; `full_untuned` has the learning rate of LoRA, as in the paper.
+strategy the strongest one tried that keeps two thirds of what sequential fine-tuning gains, of full fine-tuning the
+rate that gains most. `kl_anchor_0.01` and `dark_replay_0.1` were run before that search was complete, and stay as
+another strength. Rows called `..._ut2026` have the forms, coefficients and memories of the paper's code, and the
+other strategies their published settings; `full_untuned` has the learning rate of LoRA, as in the paper.
 """
 
 from collections.abc import Mapping

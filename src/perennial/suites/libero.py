@@ -91,7 +91,7 @@ class Libero(base.Suite):
         return None if stored is None or shift(task, variant).rewrites else len(stored)
 
     def expert(self, task: str) -> base.Expert | None:
-        """A scripted expert for the tasks of spatial (but `spatial-4`) and object."""
+        """A scripted expert for the tasks of spatial and object."""
         if task not in self.tasks:
             raise unknown("LIBERO task", task, self.tasks)
         return libero_expert.PickAndPlace() if task in libero_expert.TASKS else None

@@ -17,8 +17,6 @@ TASKS = frozenset(f"{suite}-{place}" for suite in ("spatial", "object") for plac
 
 _OPEN, _CLOSED = -1.0, 1.0
 _DOWN = Rotation.from_rotvec([np.pi, 0, 0])
-_DOWN_TURNED = Rotation.from_rotvec([0, 0, np.pi / 2]) * _DOWN
-"""Turned the other way, the last joint of the wrist would come near its limit."""
 _GAIN = 40.0
 """Commands per metre of distance; 1 asks for 5 cm."""
 _TURN = 0.5
@@ -40,11 +38,15 @@ _BOX = 6
 
 @dataclass(frozen=True)
 class Thing:
-    """A body with the axis-aligned bounds of what can be touched of it, in metres."""
+    """A body with the axis-aligned bounds of what can be touched of it, in metres.
+
+    Its own x axis, which in a cabinet runs along the fronts of the drawers, is at `yaw` radians from the world's.
+    """
 
     place: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    yaw: float = 0.0
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Progress:
         place: where the phase begins; `offset`, from the item to the hand when it was taken.
         before: where the hand was a step ago.
         barrier: height in metres of what the item is lifted over, when it was taken: what sticks to it rises with it.
-        turned: whether the fingers are side by side along x instead of y; it stays as it was when the item was taken.
+        turn: radians about the vertical by which the hand is turned, see `_grasp`; kept from reaching to letting go.
     """
 
     phase: str = "reach"
@@ -65,7 +67,7 @@ class Progress:
     offset: np.ndarray = field(default_factory=lambda: np.zeros(3))
     before: np.ndarray = field(default_factory=lambda: np.zeros(3))
     barrier: float = 0.0
-    turned: bool = False
+    turn: float = 0.0
 
     def enter(self, phase: str, place: np.ndarray) -> None:
         """Begin a phase."""
@@ -91,7 +93,7 @@ class PickAndPlace:
         goal = next(thing for other, thing in things.items() if target.startswith(other))
         hand = data.site_xpos[scene.robot.eef_site_id].copy()
         move, grip = _decide(progress, hand, item, goal, [*things.values(), *_furniture(scene)])
-        action = np.concatenate((_GAIN * move, _tilt(data, scene, progress.turned) / _TURN, [grip]))
+        action = np.concatenate((_GAIN * move, _tilt(data, scene, progress.turn) / _TURN, [grip]))
         clipped: np.ndarray = np.clip(action, -1, 1).astype(np.float32)
         return clipped
 
@@ -100,9 +102,9 @@ def _decide(
     progress: Progress, hand: np.ndarray, item: Thing, goal: Thing, obstacles: list[Thing]
 ) -> tuple[np.ndarray, float]:
     """Where to move the hand, in metres, and what to do with the fingers; `obstacles` include the goal."""
+    there, turn = _grasp(item, obstacles)
     if progress.phase == "reach":
-        progress.turned = _walled_in(item, obstacles)
-    there = _grasp(item, obstacles, progress.turned)
+        progress.turn = turn
     _advance(progress, hand, item, goal, obstacles, there)
     progress.steps, progress.before = progress.steps + 1, hand
     if progress.phase == "reach":
@@ -159,46 +161,40 @@ def _barrier(obstacles: list[Thing], item: Thing, goal: Thing) -> float:
     return float(max(heights))
 
 
-def _walled_in(item: Thing, others: list[Thing]) -> bool:
-    """Whether a bowl is in something that reaches about as high as its rim, as a drawer does.
+def _grasp(item: Thing, others: list[Thing]) -> tuple[np.ndarray, float]:
+    """Where the hand takes the item, and by how much it is turned for that from fingers side by side along y.
 
-    The drawers of LIBERO's cabinet are pulled out more along y than along x and broader than they are long, so that
-    the open fingers find room at the bowl's wall only side by side along x.
+    It takes a bowl by its wall and other things near their middle, so that it bumps into others least. In a drawer the
+    open fingers have room side by side along its front only, and the more the nearer they are to its middle. Half a
+    turn makes no difference to the fingers; of the two turns one keeps the wrist's last joint away from its limits.
     """
-    middle, enough = (item.low + item.high) / 2, item.high[2] - _NEAR
-    around = [other for other in others if (other.low < middle).all() and (middle < other.high)[:2].all()]
-    return _is_bowl(item) and any(other.high[2] > enough for other in around)
-
-
-def _is_bowl(item: Thing) -> bool:
-    """Whether it is too broad for the fingers to reach around it, and is taken by its wall."""
-    return bool(item.high[1] - item.low[1] >= 2 * _WALL)
-
-
-def _grasp(item: Thing, others: list[Thing], turned: bool) -> np.ndarray:
-    """Where the hand takes the item, near its middle or a bowl by its wall, so that it bumps into others least."""
     middle = (item.low + item.high) / 2
     middle[2] = max(item.low[2] + _NEAR, item.high[2] - 0.03)
-    if _is_bowl(item):
-        wall = np.array([_WALL, 0, 0] if turned else [0, _WALL, 0])
-        places = [middle - wall, middle + wall]
-    else:
+    if item.high[1] - item.low[1] < 2 * _WALL:
         aside = max(0.0, min(_ASIDE, (item.high[0] - item.low[0]) / 2 - _NEAR))
         places = [middle + np.array([x, 0, 0]) for x in (0, -aside, aside)]
-    breadth = _HAND[[1, 0, 2]] if turned else _HAND
-    bumps = [sum(_bump(place, breadth, other) for other in others) for place in places]
-    best: np.ndarray = places[int(np.argmin(bumps))]
-    return best
+    elif (drawer := _drawer(item, others)) is not None:
+        wall = _WALL * np.array([np.cos(drawer.yaw), np.sin(drawer.yaw), 0])
+        inmost = min((middle - wall, middle + wall), key=lambda place: np.linalg.norm((place - drawer.place)[:2]))
+        return inmost, (drawer.yaw - np.pi / 4) % np.pi - np.pi / 4
+    else:
+        places = [middle + np.array([0, y, 0]) for y in (-_WALL, _WALL)]
+    bumps = [sum(_bump(place, other) for other in others) for place in places]
+    return places[int(np.argmin(bumps))], 0.0
 
 
-def _bump(hand: np.ndarray, breadth: np.ndarray, other: Thing) -> float:
-    """How much of the room under the hand's broad part, in square metres, is taken by a thing as high as that part.
+def _drawer(item: Thing, others: list[Thing]) -> Thing | None:
+    """What the item is in, if that reaches about as high as the item's rim."""
+    middle, enough = (item.low + item.high) / 2, item.high[2] - _NEAR
+    around = [other for other in others if (other.low < middle).all() and (middle < other.high)[:2].all()]
+    return next((other for other in around if other.high[2] > enough), None)
 
-    Of that part `breadth` is half the size along each axis.
-    """
+
+def _bump(hand: np.ndarray, other: Thing) -> float:
+    """How much of the room under the hand's broad part, in square metres, is taken by a thing as high as that part."""
     if other.high[2] < hand[2] + _ASIDE:
         return 0.0
-    overlap = np.minimum(other.high, hand + breadth)[:2] - np.maximum(other.low, hand - breadth)[:2]
+    overlap = np.minimum(other.high, hand + _HAND)[:2] - np.maximum(other.low, hand - _HAND)[:2]
     return float(overlap.clip(0).prod())
 
 
@@ -212,12 +208,12 @@ def _towards(hand: np.ndarray, place: np.ndarray, cruise: float, start: np.ndarr
     return np.append(aside, height - hand[2])
 
 
-def _tilt(data: Any, scene: Any, turned: bool) -> np.ndarray:
-    """The rotation in radians that makes the hand point down, with its fingers side by side along y or, turned, x."""
+def _tilt(data: Any, scene: Any, turn: float) -> np.ndarray:
+    """The rotation in radians that makes the hand point down, turned by `turn` from fingers side by side along y."""
     quaternion = np.roll(data.body(scene.robot.robot_model.eef_name).xquat, -1)
-    wanted = _DOWN_TURNED if turned else _DOWN
-    turn: np.ndarray = (wanted * Rotation.from_quat(quaternion).inv()).as_rotvec()
-    return turn
+    wanted = Rotation.from_rotvec([0, 0, turn]) * _DOWN
+    missing: np.ndarray = (wanted * Rotation.from_quat(quaternion).inv()).as_rotvec()
+    return missing
 
 
 def _measure(scene: Any, name: str) -> Thing:
@@ -228,4 +224,5 @@ def _measure(scene: Any, name: str) -> Thing:
     sizes = np.where((model.geom_type[solid] == _BOX)[:, None], model.geom_size[solid], model.geom_rbound[solid, None])
     reach = (axes @ sizes[:, :, None])[..., 0]
     centres = data.geom_xpos[solid]
-    return Thing(data.xpos[body].copy(), (centres - reach).min(0), (centres + reach).max(0))
+    yaw = float(np.arctan2(data.xmat[body][3], data.xmat[body][0]))
+    return Thing(data.xpos[body].copy(), (centres - reach).min(0), (centres + reach).max(0), yaw)
