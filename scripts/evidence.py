@@ -94,8 +94,11 @@ def run_costs() -> str:
         seconds = [[run.cost.get(phase, 0) for phase in PHASES] for run in results[row["row"]].values()]
         fastest = min(seconds, key=sum)
         minutes = [f"{part / 60:.{places}f}" for part, places in ((sum(fastest), 0), *((part, 1) for part in fastest))]
-        steps, memory, kept = (row["cost"][key] for key in ("train_env_steps", "peak_bytes", "kept_bytes"))
-        rows.append([row["row"], *minutes, f"{steps / 1e3:,.0f}", f"{memory / 1e9:.1f}", f"{kept / 1e6:.1f}"])
+        medians = []
+        for key, unit, places in (("train_env_steps", 1e3, 0), ("peak_bytes", 1e9, 1), ("kept_bytes", 1e6, 1)):
+            amount = row["cost"][key]
+            medians.append(words.DASH if amount is None else f"{amount / unit:,.{places}f}")
+        rows.append([row["row"], *minutes, *medians])
     return table(("method", "minutes", *PHASES.values(), "steps, thousands", "memory, GB", "kept, MB"), rows)
 
 
