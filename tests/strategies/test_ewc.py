@@ -12,8 +12,9 @@ from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Observation
 from perennial.randomness import stream
 from perennial.rollout.trajectory import Episode, Trajectory
-from perennial.strategies import ewc as module
-from perennial.strategies.ewc import EWC, drawn, fisher_diagonal
+from perennial.strategies import _fisher as module
+from perennial.strategies._fisher import drawn, fisher_diagonal
+from perennial.strategies.ewc import EWC
 from perennial.testing.toy import ToyPolicy
 from strategies.worlds import TASKS, batch, policy, shake
 

@@ -28,8 +28,8 @@ from perennial.reports.summary import percent
 from perennial.rollout.trajectory import Episode, to_batch
 from perennial.rollout.workers import Workers, start_workers
 from perennial.storage.run_folder import RunFolder
+from perennial.strategies._fisher import fisher_diagonal
 from perennial.strategies._weights import looking_through
-from perennial.strategies.ewc import fisher_diagonal
 from perennial.suites.base import Suite
 
 DECISIONS = 64

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from perennial.demonstrations.dataset import absolute, load, require_recorded, to_batch
 from perennial.errors import PerennialError
 from perennial.policies.base import Batch, Outputs, Policy
-from perennial.randomness import stream
 from perennial.rollout import trajectory
+from perennial.strategies._fisher import drawn, fisher_diagonal
 from perennial.strategies._running_squares import RunningSquares
 from perennial.strategies._weights import prefixed, snapshot, unprefixed
-from perennial.strategies.base import ROWS, Collect, Strategy
+from perennial.strategies.base import Collect, Strategy
 from perennial.suites.base import Task
 
 Tensors = dict[str, Tensor]
@@ -167,30 +165,3 @@ class EWC(Strategy):
         self.anchor = unprefixed("anchor", state, policy.device)
         self.squares.totals = unprefixed("squares", state, policy.device)
         self.squares.steps = int(state["steps"])
-
-
-def fisher_diagonal(policy: Policy, batch: Batch) -> Tensors:
-    """Mean over the rows of `batch` of the squared gradient of the log-probability of the executed tokens.
-
-    With actions that were sampled from `policy` this estimates the diagonal of its Fisher information.
-    """
-    trainable = policy.trainable()
-    total = {name: torch.zeros_like(parameter) for name, parameter in trainable.items()}
-    for row in range(len(batch)):
-        decision = batch.take(np.array([row]))
-        log_prob = policy.log_prob(decision)
-        executed = (log_prob * torch.from_numpy(decision.mask).to(log_prob.device)).sum()
-        gradients = torch.autograd.grad(executed, list(trainable.values()), allow_unused=True)
-        for name, gradient in zip(trainable, gradients, strict=True):
-            if gradient is not None:
-                total[name] += gradient**2
-    return {name: value / len(batch) for name, value in total.items()}
-
-
-@torch.no_grad()
-def drawn(policy: Policy, batch: Batch) -> Batch:
-    """The observations of `batch` with choices that `policy` draws at temperature 1."""
-    rng = iter([stream(0, "ewc", row) for row in range(len(batch))])
-    chunks = [policy.act(part.observation, 1.0, list(islice(rng, len(part)))) for part in batch.parts(ROWS)]
-    sample = np.concatenate([chunk.sample for chunk in chunks])
-    return replace(batch, sample=sample, temperature=1.0, log_prob=None)
