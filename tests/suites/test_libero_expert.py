@@ -20,6 +20,7 @@ from perennial.suites._libero.expert import (
     _tilt,
     _towards,
 )
+from perennial.suites._mujoco import choose_gl
 from perennial.suites.libero import Libero
 
 SUITE = Libero()
@@ -265,6 +266,7 @@ def test_the_hand_comes_to_point_down_with_its_fingers_turned_from_y(turn):
 
 
 def test_bounds_are_those_of_the_turned_boxes_that_can_be_touched():
+    choose_gl()  # for the tests of this process that draw: importing MuJoCo settles how
     mujoco = pytest.importorskip("mujoco")
     model = mujoco.MjModel.from_xml_string(
         """<mujoco><worldbody><body name="a" pos="1 2 3" euler="0 0 45">
