@@ -91,9 +91,10 @@ def run_costs() -> str:
     results = study.read_results(STUDIES / "simple_recipe", find("simple_recipe"))
     rows = []
     for row in figures("simple_recipe")["rows"]:
-        seconds = [[run.cost.get(phase, 0) for phase in PHASES] for run in results[row["row"]].values()]
-        fastest = min(seconds, key=sum)
-        minutes = [f"{part / 60:.{places}f}" for part, places in ((sum(fastest), 0), *((part, 1) for part in fastest))]
+        costs = [run.cost for run in results[row["row"]].values()]
+        fastest = min(costs, key=lambda cost: sum(cost.get(phase, 0) for phase in PHASES))
+        minutes = [f"{sum(fastest.get(phase, 0) for phase in PHASES) / 60:.0f}"]
+        minutes += [f"{fastest[phase] / 60:.1f}" if phase in fastest else words.DASH for phase in PHASES]
         medians = []
         for key, unit, places in (("train_env_steps", 1e3, 0), ("peak_bytes", 1e9, 1), ("kept_bytes", 1e6, 1)):
             amount = row["cost"][key]

@@ -56,7 +56,7 @@ def test_a_study_tells_how_its_methods_are_made(capsys):
     found = told(capsys, "studies", "simple_recipe")
     assert found["methods"]["sequential"] == ""
     assert found["methods"]["slca"] == "--strategies slca"
-    assert found["grid"]["runs"] == "93"
+    assert found["grid"]["runs"] == "96"
 
 
 @pytest.mark.parametrize("kind", typing.get_args(choices.Kind))
