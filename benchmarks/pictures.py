@@ -5,6 +5,7 @@ Each row: as MuJoCo draws by default, the same in fast mode, as policies see it,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import imageio.v3
 import numpy as np
 
 from perennial.suites._mujoco import HIDDEN_GROUP, choose_gl
+from perennial.suites.base import Suite
 from perennial.suites.kitchen import Kitchen
 from perennial.suites.metaworld import MetaWorld
 
@@ -19,40 +21,41 @@ SIZE = 224
 DOCS = Path(__file__).parent.parent / "docs"
 Picture = np.ndarray
 """uint8 [SIZE, SIZE, 3]."""
+Scene = Callable[[Any], tuple[Any, Any, str]]
+"""From an environment to a model, its state and a camera."""
 
 
 def main() -> None:
     """Draw, compare, write."""
     choose_gl()
     print("| task | | mean | largest | pixels that differ by more than 8 |\n|---|---|---|---|---|")
-    meta_world = [_meta_world(task) for task in ("button-press-topdown-v3", "drawer-open-v3", "hammer-v3")]
-    imageio.v3.imwrite(DOCS / "fast-rendering.png", np.concatenate(meta_world))
-    kitchen = [_kitchen(task) for task in ("kettle", "slide-cabinet-red")]
-    imageio.v3.imwrite(DOCS / "kitchen-fast-rendering.png", np.concatenate(kitchen))
+    meta_world = ("button-press-topdown-v3", "drawer-open-v3", "hammer-v3")
+    # The camera of Meta-World hangs upside down, and policies see its pictures upright.
+    _draw("fast-rendering", MetaWorld(), meta_world, _meta_world, slice(None, None, -1))
+    _draw("kitchen-fast-rendering", Kitchen(), ("kettle", "slide-cabinet-red"), _kitchen, slice(None))
 
 
-def _meta_world(task: str) -> np.ndarray:
-    environment = MetaWorld().make(task, image_size=SIZE)
-    environment.reset(options={"split": "evaluation", "index": 0})
-    seen = environment.render()[0]
-    simulation: Any = environment._simulation
-    # Policies see what is filmed upright; the camera of Meta-World hangs upside down.
-    default, plain = (
-        _drawn(simulation.model, simulation.data, "corner2", fast=fast)[::-1, ::-1] for fast in (False, True)
-    )
-    environment.close()
-    return _row(task, default, plain, seen)
+def _meta_world(environment: Any) -> tuple[Any, Any, str]:
+    """The model with everything in it, its present state and the camera that policies look through."""
+    return environment._simulation.model, environment._simulation.data, "corner2"
 
 
-def _kitchen(task: str) -> np.ndarray:
-    environment = Kitchen().make(task, image_size=SIZE)
-    environment.reset(options={"split": "evaluation", "index": 0})
-    seen = environment.render()[0]
-    simulation = environment.simulation
-    model = simulation.film_model()
-    default, plain = (_drawn(model, simulation.data, environment._camera, fast=fast) for fast in (False, True))
-    environment.close()
-    return _row(task, default, plain, seen)
+def _kitchen(environment: Any) -> tuple[Any, Any, str]:
+    """The same of Franka Kitchen, with the arm's true surfaces."""
+    return environment.simulation.film_model(), environment.simulation.data, environment._camera
+
+
+def _draw(name: str, suite: Suite, tasks: Sequence[str], scene: Scene, upright: slice) -> None:
+    """Write the drawing `name` with one row for each task; `upright` is how to go along both axes of a picture."""
+    rows = []
+    for task in tasks:
+        environment = suite.make(task, image_size=SIZE)
+        environment.reset(options={"split": "evaluation", "index": 0})
+        seen = environment.render()[0]
+        default, plain = (_drawn(*scene(environment), fast=fast)[upright, upright] for fast in (False, True))
+        environment.close()
+        rows.append(_row(task, default, plain, seen))
+    imageio.v3.imwrite(DOCS / f"{name}.png", np.concatenate(rows))
 
 
 def _row(task: str, default: Picture, plain: Picture, seen: Picture) -> np.ndarray:
